@@ -1,0 +1,200 @@
+"""The registry of backends, and the one place that chooses between them.
+
+A backend is a module whose functions carry the names and signatures of the ops, for instance
+`planar_flow_forward`. The automatic choice takes the first one that works for a device, and says
+once why it passed over a faster one; `use_backend(name)` takes exactly that one or raises.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fastflow import kernels, native
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the ops.
+
+    Arguments:
+        name: what `use_backend` takes.
+        devices: device types it serves, in no order.
+        probe: None if it works here, else the reason why not, in one line.
+        locate: the function of an op by its name; heavy imports happen here, not before.
+    """
+
+    name: str
+    devices: tuple[str, ...]
+    probe: Callable[[], str | None]
+    locate: Callable[[str], Callable]
+
+
+_registry: dict[str, Backend] = {}
+_order: dict[str, list[str]] = {"cpu": [], "cuda": []}
+_chosen: str | None = None  # a plain global, which torch.compile guards on
+_selected: dict[tuple[str, str, str | None], Callable] = {}
+_warned: set[tuple[str, str]] = set()
+
+
+def register(backend: Backend, automatic: tuple[str, ...] | None = None) -> None:
+    """Add a backend, after those already there in the automatic order of its devices.
+
+    Arguments:
+        backend: the backend.
+        automatic: devices for which it may be chosen automatically; all of its devices by default.
+    """
+    _registry[backend.name] = backend
+    for device in backend.devices if automatic is None else automatic:
+        _order.setdefault(device, []).append(backend.name)
+    _selected.clear()
+
+
+def names() -> list[str]:
+    """The names of all registered backends."""
+    return list(_registry)
+
+
+def status(name: str) -> str | None:
+    """None if the backend works on this machine, else why not."""
+    return _registry[name].probe()
+
+
+def available(device: str = "cpu") -> list[str]:
+    """The backends that work here for a device type, the automatic choice first."""
+    automatic = _order.get(device, [])
+    others = [b.name for b in _registry.values() if device in b.devices and b.name not in automatic]
+    return [name for name in [*automatic, *others] if status(name) is None]
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run the enclosed calls, in all threads, with one backend, or raise if it cannot be had.
+
+    Arguments:
+        name: "reference", "cpp", "triton" or "cuda".
+
+    Raises:
+        ValueError: there is no backend of that name.
+        RuntimeError: it does not work on this machine; the message says why.
+
+    Example:
+        >>> import fastflow
+        >>> with fastflow.use_backend("reference"):
+        ...     y, ladj = fastflow.PlanarFlow(4, steps=2)(torch.zeros(3, 4))
+        >>> y.shape, ladj.shape
+        (torch.Size([3, 4]), torch.Size([3]))
+    """
+    if name not in _registry:
+        raise ValueError(f"use_backend: name is {name!r}, must be one of {', '.join(_registry)}")
+    reason = status(name)
+    if reason is not None:
+        raise RuntimeError(f"use_backend: {name} is not available: {reason}")
+    global _chosen
+    outer, _chosen = _chosen, name
+    try:
+        yield
+    finally:
+        _chosen = outer
+
+
+def current() -> str | None:
+    """The name given to the innermost `use_backend`, or None."""
+    return _chosen
+
+
+def call(op: str, *args: object, name: str | None = None) -> tuple[Tensor, ...]:
+    """Compute an op, from inside the autograd Function that knows its derivative.
+
+    Arguments:
+        op: the op's name, e.g. "planar_flow_forward".
+        args: its arguments; the device of the first, a tensor, decides.
+        name: a backend, instead of the one in force.
+    """
+    if torch.compiler.is_compiling():
+        return _registered_op(op)(*args)
+    function = _find(op, args[0].device.type, name or _chosen)
+    # raw ops refuse to be differentiated; here that is taken care of
+    with torch._C._AutoDispatchBelowAutograd():
+        return function(*args)
+
+
+def traceable(op: str, tensor: Tensor) -> bool:
+    """Whether torch.compile can put the backend for such tensors into a graph, as an op."""
+    return _is_registered_op(op, tensor.device.type, _chosen)
+
+
+def _is_registered_op(op: str, device: str, name: str | None) -> bool:
+    return isinstance(_find(op, device, name), torch._ops.OpOverload)
+
+
+_is_registered_op._dynamo_marked_constant = True  # torch.compile takes the answer as it is
+
+
+def _find(op: str, device: str, name: str | None) -> Callable:
+    key = (op, device, name)
+    function = _selected.get(key)
+    if function is None:
+        backend = _automatic(op, device) if name is None else _registry[name]
+        if device not in backend.devices:
+            raise RuntimeError(
+                f"{op}: backend {name} serves {' and '.join(backend.devices)} tensors, "
+                f"these are on {device}"
+            )
+        function = _selected[key] = backend.locate(op)
+    return function
+
+
+def _automatic(op: str, device: str) -> Backend:
+    for candidate in _order.get(device, []):
+        reason = status(candidate)
+        if reason is None:
+            return _registry[candidate]
+        if (candidate, device) not in _warned:
+            _warned.add((candidate, device))
+            warnings.warn(
+                f"{op}: the {candidate} backend is not available for {device} tensors ({reason}); "
+                "a slower one takes its place. `python -m fastflow` says what to do.",
+                RuntimeWarning,
+                stacklevel=6,
+            )
+    return _registry["reference"]
+
+
+def _registered_op(op: str) -> Callable:
+    return getattr(torch.ops.fastflow, op).default
+
+
+def _from_module(module: str) -> Callable[[str], Callable]:
+    def locate(op: str) -> Callable:
+        family = op.removesuffix("_forward").removesuffix("_backward").removesuffix("_inverse")
+        return getattr(importlib.import_module(f"{module}.{family}"), op)
+
+    return locate
+
+
+register(
+    Backend("cpp", ("cpu",), partial(native.probe, "cpp"), _registered_op),
+)
+register(
+    Backend("cuda", ("cuda",), partial(native.probe, "cuda"), _registered_op),
+)
+register(
+    Backend(
+        "triton",
+        ("cuda", "cpu") if kernels.interpreting() else ("cuda",),
+        kernels.probe,
+        _from_module("fastflow.kernels"),
+    ),
+    automatic=("cuda",),
+)
+register(
+    Backend("reference", ("cpu", "cuda"), lambda: None, _from_module("fastflow.reference")),
+)

@@ -1,0 +1,67 @@
+"""What every bijection is."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class Bijection(nn.Module):
+    r"""A differentiable, invertible map of (\*batch, D) onto itself.
+
+    `forward` and `inverse` return the image and the log-determinant of the map just applied,
+
+    .. math:: \mathrm{ladj} = \log\left|\det \frac{\partial y}{\partial x}\right|,
+
+    of shape (\*batch,). The inverse's ladj is minus the forward's at the same pair of points.
+
+    Attributes:
+        features: D, the size of the last dimension.
+    """
+
+    features: int
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        r"""Maps x to y.
+
+        Arguments:
+            x: points, (\*batch, D).
+            context: what the map is conditioned on, (\*batch, C), or None.
+
+        Returns:
+            y (\*batch, D) and ladj (\*batch,).
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no forward")
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        r"""Maps y back to x.
+
+        Arguments:
+            y: points, (\*batch, D).
+            context: as in `forward`.
+
+        Returns:
+            x (\*batch, D) and ladj (\*batch,).
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no inverse")
+
+
+def positive_int(owner: str, name: str, value: int, least: int = 1) -> int:
+    """The value, if it is an integer no smaller than `least`.
+
+    Raises:
+        TypeError: it is not an integer.
+        ValueError: it is too small.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{owner}: {name} is {value!r}, must be an integer")
+    if value < least:
+        raise ValueError(f"{owner}: {name} is {value}, must be at least {least}")
+    return value
+
+
+def check_features(owner: str, name: str, tensor: Tensor, features: int) -> None:
+    """Raises ValueError unless the tensor's last dimension has this size."""
+    if not tensor.dim() or tensor.shape[-1] != features:
+        raise ValueError(
+            f"{owner}: {name} has shape {tuple(tensor.shape)}, must be (..., {features})"
+        )

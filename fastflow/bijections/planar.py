@@ -1,0 +1,182 @@
+"""Planar flows as layers: learned parameters, or parameters that a network makes of a context."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from fastflow.bijections.base import Bijection, check_features, positive_int
+from fastflow.functional.planar_flow import CONSTRAINTS, planar_flow, planar_flow_inverse
+
+
+class PlanarFlow(Bijection):
+    r"""A chain of K planar steps with learned parameters shared by all rows.
+
+    .. math::
+        z_k = z_{k-1} + \hat u_k \tanh(w_k^\top z_{k-1} + b_k), \qquad
+        \mathrm{ladj} = \sum_k \log\left(1 + \operatorname{sech}^2(a_k)\, w_k^\top \hat u_k\right)
+
+    It starts near the identity: w has rows of length about 1, b = 0, and u is such that
+    :math:`\hat u_k` is small (at w·u = ln(e - 1) under "paper", at w·u = 0 under "centred",
+    :math:`w^\top \hat u = 0`).
+
+    Arguments:
+        features: D.
+        steps: K.
+        constraint: "paper" or "centred", see `fastflow.functional.planar_flow`.
+
+    Attributes:
+        w, u: (K, D). b: (K,).
+
+    Raises:
+        TypeError, ValueError: an argument is not a positive integer or not a known constraint.
+
+    Source:
+        Rezende and Mohamed, Variational Inference with Normalizing Flows, 2015, arXiv 1505.05770.
+
+    Example:
+        >>> flow = PlanarFlow(64, steps=16)
+        >>> x = torch.randn(8, 64)
+        >>> y, ladj = flow(x)
+        >>> torch.allclose(flow.inverse(y)[0], x, atol=1e-5)
+        True
+    """
+
+    def __init__(self, features: int, steps: int = 1, constraint: str = "paper") -> None:
+        super().__init__()
+        self.features = positive_int("PlanarFlow", "features", features)
+        self.steps = positive_int("PlanarFlow", "steps", steps)
+        self.constraint = check_constraint("PlanarFlow", constraint)
+        self.w = nn.Parameter(torch.empty(steps, features))
+        self.u = nn.Parameter(torch.empty(steps, features))
+        self.b = nn.Parameter(torch.empty(steps))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the parameters anew, near the identity."""
+        with torch.no_grad():
+            self.w.normal_(0, 1 / math.sqrt(self.features))
+            self.u.normal_(0, 0.01 / math.sqrt(self.features))
+            self.u += identity_direction(self.w, self.constraint)
+            self.b.zero_()
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return planar_flow(x, self.w, self.u, self.b, self.constraint)
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return planar_flow_inverse(y, self.w, self.u, self.b, self.constraint)
+
+    def extra_repr(self) -> str:
+        return f"features={self.features}, steps={self.steps}, constraint={self.constraint!r}"
+
+
+class ConditionalPlanarFlow(Bijection):
+    r"""A chain of K planar steps whose parameters a network makes of the context.
+
+    .. math:: (w, u, b) = \mathrm{net}(c), \qquad w, u \in \mathbb R^{K \times D},\ b \in \mathbb R^K
+
+    The network is a multilayer perceptron (ELU) whose last layer starts small around a draw of w:
+    the chain starts near the identity for every context, each step along another direction.
+
+    Arguments:
+        features: D.
+        context_features: C.
+        steps: K.
+        hidden_features: widths of the hidden layers; () is an affine map of the context.
+        constraint: "paper" or "centred", see `fastflow.functional.planar_flow`.
+
+    Raises:
+        TypeError, ValueError: an argument is not a positive integer or not a known constraint.
+
+    Source:
+        Rezende and Mohamed, Variational Inference with Normalizing Flows, 2015, arXiv 1505.05770.
+
+    Example:
+        >>> flow = ConditionalPlanarFlow(2, context_features=5, steps=3, hidden_features=(32,))
+        >>> y, ladj = flow(torch.zeros(8, 2), torch.randn(8, 5))
+        >>> y.shape, ladj.shape
+        (torch.Size([8, 2]), torch.Size([8]))
+    """
+
+    def __init__(
+        self,
+        features: int,
+        context_features: int,
+        steps: int = 1,
+        hidden_features: Sequence[int] = (),
+        constraint: str = "paper",
+    ) -> None:
+        super().__init__()
+        owner = "ConditionalPlanarFlow"
+        self.features = positive_int(owner, "features", features)
+        self.context_features = positive_int(owner, "context_features", context_features)
+        self.steps = positive_int(owner, "steps", steps)
+        self.constraint = check_constraint(owner, constraint)
+        widths = [context_features]
+        widths += [positive_int(owner, "hidden_features", width) for width in hidden_features]
+        layers: list[nn.Module] = []
+        for fan_in, fan_out in pairwise(widths):
+            layers += [nn.Linear(fan_in, fan_out), nn.ELU()]
+        layers.append(nn.Linear(widths[-1], steps * (2 * features + 1)))
+        self.network = nn.Sequential(*layers)
+        self._start_near_identity()
+
+    def _start_near_identity(self) -> None:
+        last = self.network[-1]
+        w = torch.randn(self.steps, self.features) / math.sqrt(self.features)
+        u = identity_direction(w, self.constraint)
+        with torch.no_grad():
+            last.weight.mul_(0.01)
+            last.bias.copy_(torch.cat([w.flatten(), u.flatten(), torch.zeros(self.steps)]))
+
+    def parameters_of(self, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        r"""The chain's parameters at a context.
+
+        Arguments:
+            context: (\*batch, C).
+
+        Returns:
+            w, u (\*batch, K, D) and b (\*batch, K).
+        """
+        check_features("ConditionalPlanarFlow", "context", context, self.context_features)
+        size = self.steps * self.features
+        w, u, b = self.network(context).split([size, size, self.steps], dim=-1)
+        shape = (self.steps, self.features)
+        return w.unflatten(-1, shape), u.unflatten(-1, shape), b
+
+    def _required(self, context: Tensor | None) -> Tensor:
+        if context is None:
+            raise ValueError(
+                f"ConditionalPlanarFlow: context is None, must be (*batch, {self.context_features})"
+            )
+        return context
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return planar_flow(x, *self.parameters_of(self._required(context)), self.constraint)
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return planar_flow_inverse(y, *self.parameters_of(self._required(context)), self.constraint)
+
+    def extra_repr(self) -> str:
+        return (
+            f"features={self.features}, context_features={self.context_features}, "
+            f"steps={self.steps}, constraint={self.constraint!r}"
+        )
+
+
+def check_constraint(owner: str, constraint: str) -> str:
+    """The constraint, if there is one of that name; ValueError otherwise."""
+    if constraint not in CONSTRAINTS:
+        raise ValueError(f"{owner}: constraint is {constraint!r}, must be one of {CONSTRAINTS}")
+    return constraint
+
+
+def identity_direction(w: Tensor, constraint: str) -> Tensor:
+    """The u (K, D) parallel to w (K, D) for which u_hat = 0, so that the step is the identity."""
+    if constraint == "centred":
+        return torch.zeros_like(w)
+    return math.log(math.e - 1) * w / w.square().sum(-1, keepdim=True)

@@ -1,0 +1,127 @@
+"""Distributions built on bijections."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution, Independent, Normal
+
+from fastflow.bijections.base import Bijection
+
+
+class Flow(nn.Module):
+    r"""A bijection as a distribution: x = f(z), with z drawn from a base distribution.
+
+    .. math::
+        \log p(x \mid c) = \log p_0(f^{-1}(x; c))
+            + \log\left|\det \frac{\partial f^{-1}}{\partial x}(x; c)\right|
+
+    The bijection's `forward` maps base to data, its `inverse` maps data to base.
+
+    Arguments:
+        bijection: f.
+        base: any torch.distributions object with event shape (D,) and no batch shape; by default a
+            standard normal, on the parameters' device and in their type.
+
+    Raises:
+        TypeError: the bijection is not a `fastflow.Bijection`, or the base not a distribution.
+        ValueError: the base's event shape is not (D,), or it has a batch shape.
+
+    Source:
+        Tabak and Turner, A Family of Nonparametric Density Estimation Algorithms, 2013;
+        Rezende and Mohamed, 2015, arXiv 1505.05770.
+
+    Example:
+        >>> flow = Flow(PlanarFlow(2, steps=8))
+        >>> x = flow.sample((5,))
+        >>> x.shape, flow.log_prob(x).shape
+        (torch.Size([5, 2]), torch.Size([5]))
+    """
+
+    def __init__(self, bijection: Bijection, base: Distribution | None = None) -> None:
+        super().__init__()
+        if not isinstance(bijection, Bijection):
+            raise TypeError(
+                f"Flow: bijection is a {type(bijection).__name__}, must be a fastflow.Bijection"
+            )
+        if base is not None:
+            if not isinstance(base, Distribution):
+                raise TypeError(
+                    f"Flow: base is a {type(base).__name__}, must be a torch.distributions object"
+                )
+            if base.event_shape != (bijection.features,) or base.batch_shape:
+                raise ValueError(
+                    f"Flow: base has batch shape {tuple(base.batch_shape)} and event shape "
+                    f"{tuple(base.event_shape)}, must be () and ({bijection.features},)"
+                )
+        self.bijection = bijection
+        self._base = base
+        # carries device and dtype for bijections that have neither parameters nor buffers
+        self.register_buffer("_anchor", torch.zeros(()), persistent=False)
+
+    @property
+    def features(self) -> int:
+        """D, the number of features of a sample."""
+        return self.bijection.features
+
+    @property
+    def base(self) -> Distribution:
+        """The base distribution; the standard normal follows the module's device and dtype."""
+        if self._base is not None:
+            return self._base
+        zeros = self._anchor.new_zeros(self.features)
+        return Independent(Normal(zeros, zeros + 1, validate_args=False), 1, validate_args=False)
+
+    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        r"""The log-density at x.
+
+        Arguments:
+            x: points, (\*batch, D).
+            context: (\*batch, C), broadcast against the batch, or None.
+
+        Returns:
+            log p(x | context), (\*batch,).
+        """
+        z, ladj = self.bijection.inverse(x, context)
+        return self.base.log_prob(z) + ladj
+
+    def sample(self, shape: Sequence[int] = (), context: Tensor | None = None) -> Tensor:
+        r"""Draws without gradients.
+
+        Arguments:
+            shape: the sample shape, e.g. (n,).
+            context: (\*context_batch, C), or None.
+
+        Returns:
+            x, (\*shape, \*context_batch, D).
+        """
+        with torch.no_grad():
+            x, _ = self.bijection(self._draw(self.base.sample, shape, context), context)
+        return x
+
+    def rsample_and_log_prob(
+        self, shape: Sequence[int] = (), context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        r"""Draws with gradients, and the log-density of the draws from the same pass.
+
+        Arguments:
+            shape: the sample shape, e.g. (n,).
+            context: (\*context_batch, C), or None.
+
+        Returns:
+            x (\*shape, \*context_batch, D) and log p(x | context) (\*shape, \*context_batch).
+
+        Raises:
+            NotImplementedError: the base distribution cannot be reparametrised.
+        """
+        z = self._draw(self.base.rsample, shape, context)
+        x, ladj = self.bijection(z, context)
+        return x, self.base.log_prob(z) - ladj
+
+    def _draw(
+        self, draw: Callable[[torch.Size], Tensor], shape: Sequence[int], context: Tensor | None
+    ) -> Tensor:
+        batch = () if context is None else context.shape[:-1]
+        return draw(torch.Size((*shape, *batch)))

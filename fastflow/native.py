@@ -1,0 +1,186 @@
+"""Loads the compiled libraries and tells PyTorch what it must know of their ops.
+
+Importing this module opens one CPU library, for the vector unit of this processor, and the CUDA
+library where torch has CUDA. It asks no device anything, and no failure leaves it: the reason is
+kept for `probe`, which the registry of backends and `python -m fastflow` show.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from fastflow.transforms import forward_mode_active
+
+FOLDER = Path(__file__).resolve().parent
+# What a processor of each capability (torch.backends.cpu.get_cpu_capability) runs, best first.
+CPU_LIBRARIES = {"AVX512": ("avx512", "avx2", "default"), "AVX2": ("avx2", "default")}
+
+libraries: dict[str, Path] = {}  # backend name -> the library file it runs on
+_reasons: dict[str, str] = {}  # backend name -> why it has none
+
+
+@cache
+def build_record() -> dict[str, str | list[str] | None]:
+    """What the build noted: the torch it saw, and for cpu and cuda why a library is missing."""
+    try:
+        return json.loads((FOLDER / "_build.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def probe(name: str) -> str | None:
+    """None if the backend "cpp" or "cuda" works here, else the reason in one line.
+
+    For "cuda" this asks the driver for its devices, so it is not called at import.
+    """
+    if name == "cuda" and name in libraries:
+        return _device_reason()
+    return _reasons.get(name)
+
+
+def __getattr__(name: str) -> OpOverload:
+    """The ops of the libraries by name: `native.planar_flow_forward(z, w, u, b, False)`."""
+    if name in FAKES and "cpp" in libraries:
+        return _overload(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _overload(op: str) -> OpOverload:
+    return getattr(torch.ops.fastflow, op).default
+
+
+# ---------------------------------------------------------------- loading
+
+
+def _open(name: str, file: Path) -> str | None:
+    """Open a library; None, or the reason why that failed."""
+    try:
+        torch.ops.load_library(str(file))
+    except OSError as problem:
+        return f"{file.name} does not load: {problem.__cause__ or problem}".split("\n")[0]
+    libraries[name] = file
+    return None
+
+
+def _not_built(part: str) -> str:
+    noted = build_record().get(part) or "no library in the package; run `pip install -e .`"
+    return f"not built: {noted}"
+
+
+def _load() -> None:
+    flavours = CPU_LIBRARIES.get(torch.backends.cpu.get_cpu_capability(), ("default",))
+    files = [file for flavour in flavours if (file := FOLDER / f"_cpu_{flavour}.so").exists()]
+    reason: str | None = _not_built("cpu")
+    for file in files:
+        reason = _open("cpp", file)
+        if reason is None:
+            break
+    if reason is not None:
+        _reasons["cpp"] = reason
+
+    file = FOLDER / "_cuda.so"
+    if torch.version.cuda is None:
+        reason = f"torch {torch.__version__} has no CUDA"
+    elif not file.exists():
+        reason = _not_built("cuda")
+    elif "cpp" not in libraries:
+        reason = "it needs the CPU library, which declares the ops"
+    else:
+        reason = _open("cuda", file)
+    if reason is not None:
+        _reasons["cuda"] = reason
+
+
+def _device_reason() -> str | None:
+    """None if the CUDA library has code for every device that torch sees, else why not."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    code = [str(entry) for entry in build_record().get("cuda_code") or ()]
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        if code and not any(_runs_on(entry, capability) for entry in code):
+            arch = ".".join(map(str, capability))
+            return (
+                f"built for {' '.join(code)}, not for {torch.cuda.get_device_name(index)}: set "
+                f"TORCH_CUDA_ARCH_LIST={arch} and install again"
+            )
+    return None
+
+
+def _runs_on(code: str, capability: tuple[int, int]) -> bool:
+    """Whether sm_XY or compute_XY code runs on a device: same major for sm, any later for PTX."""
+    kind, major, minor, exact = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", code).groups()
+    arch = (int(major), int(minor))
+    if exact == "a":
+        return arch == capability
+    return arch <= capability and (capability[0] == arch[0] or (kind == "compute" and not exact))
+
+
+# ---------------------------------------------------------------- what PyTorch must know
+
+
+def _planar_flow_outputs(
+    z: Tensor, w: Tensor, u: Tensor, b: Tensor, centred: bool
+) -> tuple[Tensor, ...]:
+    rows = z.shape[0]
+    return torch.empty_like(z), z.new_empty(rows), z.new_empty(rows, b.shape[-1])
+
+
+def _planar_flow_gradients(
+    d_out: Tensor,
+    dladj: Tensor,
+    z: Tensor,
+    out: Tensor,
+    w: Tensor,
+    u: Tensor,
+    a: Tensor,
+    centred: bool,
+    param_grads: bool,
+) -> tuple[Tensor, ...]:
+    shapes = (w.shape, u.shape, w.shape[:-1]) if param_grads else ((0,),) * 3
+    return (torch.empty_like(z), *(z.new_empty(shape) for shape in shapes))
+
+
+FAKES: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    "planar_flow_forward": _planar_flow_outputs,
+    "planar_flow_backward": _planar_flow_gradients,
+    "planar_flow_inverse": _planar_flow_outputs,
+    "planar_flow_inverse_backward": _planar_flow_gradients,
+}
+
+
+def _refuse_derivatives(
+    op: str, keyset: torch._C.DispatchKeySet, *args: Tensor | bool
+) -> tuple[Tensor, ...]:
+    """What a raw op does where autograd would look at it: no derivative rather than a wrong one."""
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if wanted or forward_mode_active(*tensors):
+        function = op.removesuffix("_forward").removesuffix("_backward")
+        raise RuntimeError(
+            f"torch.ops.fastflow.{op} has no derivative of its own: call "
+            f"fastflow.functional.{function} instead, or detach the arguments"
+        )
+    with torch._C._AutoDispatchBelowAutograd():
+        return _overload(op).redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+
+def _declare() -> torch.library.Library:
+    library = torch.library.Library("fastflow", "IMPL")
+    for op, fake in FAKES.items():
+        torch.library.register_fake(f"fastflow::{op}", fake)
+        library.impl(op, partial(_refuse_derivatives, op), "Autograd", with_keyset=True)
+    return library
+
+
+_load()
+if "cpp" in libraries:
+    _library = _declare()  # its registrations live as long as it does

@@ -1,0 +1,1 @@
+"""Plain PyTorch implementations of every op: the truth that backends are checked against."""

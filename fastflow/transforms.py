@@ -1,0 +1,24 @@
+"""Which of PyTorch's transforms is looking at the call: kernels cannot serve them all."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def functorch_active() -> bool:
+    """Whether vmap, grad, jvp or another torch.func transform is running."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def transforms_active() -> bool:
+    """Whether values may be symbolic or batched, so that Python must not branch on them."""
+    return functorch_active() or torch.compiler.is_compiling()
+
+
+def forward_mode_active(*tensors: Tensor) -> bool:
+    """Whether any tensor carries a forward-mode tangent."""
+    if forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)

@@ -1,0 +1,51 @@
+"""Every backend that works here, as a fixture. Without a GPU, Triton runs in its interpreter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton decorates anything
+
+import fastflow
+from fastflow import backends
+
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A backend and the device on which it runs."""
+
+    device: str
+    backend: str
+
+    @property
+    def slow(self) -> bool:
+        """Whether it interprets kernels, so that tests keep their shapes small."""
+        return self.backend == "triton" and self.device == "cpu"
+
+    @property
+    def rows(self) -> int:
+        """A batch size that takes no time and is no multiple of anything."""
+        return 5 if self.slow else 67
+
+
+TARGETS = [Target(device, name) for device in DEVICES for name in backends.available(device)]
+
+
+@pytest.fixture(params=TARGETS, ids=lambda target: f"{target.device}-{target.backend}")
+def target(request: pytest.FixtureRequest) -> Iterator[Target]:
+    """Runs the test once for every backend, with that backend in force."""
+    with fastflow.use_backend(request.param.backend):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)

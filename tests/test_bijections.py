@@ -1,0 +1,173 @@
+"""Laws that every bijection obeys, and what each layer promises of itself."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from conftest import Target
+from torch import Tensor
+
+import fastflow
+from fastflow import Chain, ConditionalPlanarFlow, Inverse, Permutation, PlanarFlow
+
+D, C = 4, 3
+
+
+def bijections() -> dict[str, fastflow.Bijection]:
+    torch.manual_seed(1)
+    layers = {
+        "planar": PlanarFlow(D, steps=3),
+        "planar-centred": PlanarFlow(D, steps=3, constraint="centred"),
+        "conditional": ConditionalPlanarFlow(D, C, steps=2),
+        "conditional-deep": ConditionalPlanarFlow(D, C, steps=2, hidden_features=(8, 8)),
+        "permutation": Permutation([2, 0, 3, 1]),
+        "inverse": Inverse(PlanarFlow(D, steps=2)),
+        "chain": Chain(
+            PlanarFlow(D),
+            Permutation([3, 2, 1, 0]),
+            ConditionalPlanarFlow(D, C),
+            Inverse(PlanarFlow(D)),
+        ),
+    }
+    for layer in layers.values():
+        with torch.no_grad():
+            for parameter in layer.parameters():  # away from the identity
+                parameter += 0.5 * torch.randn_like(parameter)
+    return layers
+
+
+@pytest.fixture(params=bijections())
+def bijection(request: pytest.FixtureRequest, target: Target) -> fastflow.Bijection:
+    return bijections()[request.param].double().to(target.device)
+
+
+@pytest.fixture
+def points(target: Target) -> tuple[Tensor, Tensor]:
+    like = {"dtype": torch.float64, "device": target.device}
+    return torch.randn(5, D, **like), torch.randn(5, C, **like)
+
+
+def test_inverse_undoes_forward(
+    bijection: fastflow.Bijection, points: tuple[Tensor, Tensor]
+) -> None:
+    x, context = points
+    y, ladj = bijection(x, context)
+    again, back = bijection.inverse(y, context)
+    torch.testing.assert_close(again, x, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(back, -ladj, rtol=1e-9, atol=1e-9)
+
+
+def test_ladj_is_the_log_determinant_of_the_jacobian(
+    bijection: fastflow.Bijection, points: tuple[Tensor, Tensor]
+) -> None:
+    x, context = points
+    for direction in (bijection, bijection.inverse):
+        _, ladj = direction(x, context)
+        for row in range(len(x)):
+            jacobian = torch.autograd.functional.jacobian(
+                lambda z, row=row, direction=direction: direction(z, context[row])[0], x[row]
+            )
+            torch.testing.assert_close(
+                ladj[row], torch.linalg.slogdet(jacobian)[1], rtol=1e-10, atol=1e-10
+            )
+
+
+@pytest.mark.parametrize("batch", [(), (1,), (2, 3), (0,)])
+def test_batch_shapes(bijection: fastflow.Bijection, target: Target, batch: tuple) -> None:
+    like = {"dtype": torch.float64, "device": target.device}
+    y, ladj = bijection(torch.randn(*batch, D, **like), torch.randn(*batch, C, **like))
+    assert y.shape == (*batch, D) and ladj.shape == batch
+    y, ladj = bijection(torch.randn(2, *batch, D, **like), torch.randn(*batch, C, **like))
+    assert y.shape == (2, *batch, D) and ladj.shape == (2, *batch)
+
+
+def test_copies_and_saves(bijection: fastflow.Bijection, points: tuple[Tensor, Tensor]) -> None:
+    x, context = points
+    want = bijection(x, context)
+    buffer = io.BytesIO()
+    torch.save(bijection.state_dict(), buffer)
+    buffer.seek(0)
+    fresh = copy.deepcopy(bijection)
+    with torch.no_grad():
+        for parameter in fresh.parameters():
+            parameter.zero_()
+    fresh.load_state_dict(torch.load(buffer, weights_only=True))
+    for other in (copy.deepcopy(bijection), pickle.loads(pickle.dumps(bijection)), fresh):
+        got = other(x, context)
+        assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+@pytest.mark.parametrize("constraint", ["paper", "centred"])
+@pytest.mark.parametrize("steps", [1, 16])
+def test_planar_starts_near_the_identity(steps: int, constraint: str) -> None:
+    x = torch.randn(100, 8)
+    for flow in (
+        PlanarFlow(8, steps, constraint),
+        ConditionalPlanarFlow(8, C, steps, (16,), constraint),
+    ):
+        y, ladj = flow(x, torch.randn(100, C))
+        assert (y - x).abs().max() < 0.2 and ladj.abs().max() < 0.5
+        assert not torch.equal(y, x)
+
+
+def test_planar_trains() -> None:
+    """Gradient ascent on a likelihood raises it: signs of value and log-determinant agree."""
+    data = torch.randn(512, 2) @ torch.tensor([[2.0, 1.0], [0.0, 0.3]])
+    flow = fastflow.Flow(Inverse(PlanarFlow(2, steps=8)))
+    optimizer = torch.optim.Adam(flow.parameters(), 0.02)
+    losses = []
+    for _ in range(150):
+        loss = -flow.log_prob(data).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_permutation_loads_another_order() -> None:
+    permutation, other = Permutation([0, 1, 2]), Permutation([2, 0, 1])
+    permutation.load_state_dict(other.state_dict())
+    x = torch.randn(3, 3)
+    assert torch.equal(permutation.inverse(permutation(x)[0])[0], x)
+    assert torch.equal(permutation(x)[0], other(x)[0])
+
+
+def test_reprs_name_what_matters() -> None:
+    assert "features=4, steps=3, constraint='centred'" in repr(PlanarFlow(4, 3, "centred"))
+    assert "context_features=2" in repr(ConditionalPlanarFlow(4, 2))
+    assert "[1, 0]" in repr(Permutation([1, 0]))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: PlanarFlow(0), ValueError, "PlanarFlow: features is 0, must be at least 1"),
+        (lambda: PlanarFlow(2.0), TypeError, "PlanarFlow: features is 2.0, must be an integer"),
+        (lambda: PlanarFlow(2, steps=0), ValueError, "steps is 0"),
+        (lambda: PlanarFlow(2, constraint="x"), ValueError, "constraint is 'x'"),
+        (lambda: ConditionalPlanarFlow(2, 0), ValueError, "context_features is 0"),
+        (lambda: ConditionalPlanarFlow(2, 3, 1, (0,)), ValueError, "hidden_features is 0"),
+        (lambda: ConditionalPlanarFlow(2, 3)(torch.zeros(1, 2)), ValueError, "context is None"),
+        (
+            lambda: ConditionalPlanarFlow(2, 3)(torch.zeros(1, 2), torch.zeros(1, 4)),
+            ValueError,
+            r"context has shape \(1, 4\), must be \(..., 3\)",
+        ),
+        (lambda: Chain(), ValueError, "bijections is empty"),
+        (lambda: Chain(torch.nn.Identity()), TypeError, "bijection 0 is a Identity"),
+        (lambda: Chain(PlanarFlow(2), PlanarFlow(3)), ValueError, "bijection 1 has 3 features"),
+        (lambda: Inverse(torch.nn.Identity()), TypeError, "bijection is a Identity"),
+        (lambda: Permutation([0, 0]), ValueError, r"order is \[0, 0\]"),
+        (lambda: Permutation([]), ValueError, "order is"),
+        (lambda: Permutation([1, 0])(torch.zeros(3)), ValueError, "x has shape"),
+        (lambda: PlanarFlow(2)(torch.zeros(5, 3)), ValueError, "w has 2 features, z has 3"),
+    ],
+)
+def test_bad_arguments_are_named(make: object, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()

@@ -1,0 +1,432 @@
+"""planar_flow and planar_flow_inverse on every backend: values, gradients, shapes, accuracy."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import Target
+from oracle import assert_as_good, inverse_vjp, planar_chain, problem, step_by_mpmath
+from torch import Tensor
+
+import fastflow
+from fastflow.functional import planar_flow, planar_flow_inverse
+
+CONSTRAINTS = ["paper", "centred"]
+KINDS = [pytest.param(True, id="shared"), pytest.param(False, id="amortised")]
+# odd sizes, one feature, one step, vector widths and their neighbours, more steps than features
+SIZES = [(1, 1), (2, 3), (3, 1), (5, 7), (8, 16), (17, 5), (31, 2), (33, 9), (64, 4)]
+
+
+def loss(outputs: tuple[Tensor, Tensor]) -> Tensor:
+    """A scalar in which every entry has another weight."""
+    z, ladj = outputs
+    weights = torch.linspace(-1, 1, z.numel()).to(z).view_as(z)
+    return (z * weights).sum() + (
+        ladj * torch.linspace(0.5, 2, ladj.numel()).to(ladj).view_as(ladj)
+    ).sum()
+
+
+def grads(function: object, leaves: list[Tensor]) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss(function(*leaves)), leaves)
+
+
+@pytest.mark.parametrize("constraint", CONSTRAINTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shared", KINDS)
+@pytest.mark.parametrize(("features", "steps"), SIZES)
+def test_forward_and_gradients(
+    target: Target, features: int, steps: int, shared: bool, dtype: torch.dtype, constraint: str
+) -> None:
+    exact = problem(target.rows, features, steps, shared)
+    leaves = [leaf.detach().to(target.device, dtype).requires_grad_() for leaf in exact]
+    exact = [leaf.detach().cpu().double().requires_grad_() for leaf in leaves]
+    plain = [leaf.detach().to(dtype).requires_grad_() for leaf in exact]
+
+    def oracle(*args: Tensor) -> tuple[Tensor, Tensor]:
+        return planar_chain(*args, constraint)
+
+    def ours(*args: Tensor) -> tuple[Tensor, Tensor]:
+        return planar_flow(*args, constraint)
+
+    for name, got, rough, want in zip(
+        ("z_K", "ladj"), ours(*leaves), oracle(*plain), oracle(*exact)
+    ):
+        assert_as_good(got.cpu(), rough, want, name)
+    triples = zip("zwub", grads(ours, leaves), grads(oracle, plain), grads(oracle, exact))
+    for name, got, rough, want in triples:
+        assert_as_good(got.cpu(), rough, want, f"d{name}")
+
+
+@pytest.mark.parametrize("constraint", CONSTRAINTS)
+@pytest.mark.parametrize("shared", KINDS)
+@pytest.mark.parametrize(("features", "steps"), SIZES)
+def test_inverse_and_gradients(
+    target: Target, features: int, steps: int, shared: bool, constraint: str
+) -> None:
+    z, *parameters = problem(target.rows, features, steps, shared, device=target.device)
+    z_K, ladj = (x.detach().requires_grad_() for x in planar_flow(z, *parameters, constraint))
+    x, back = planar_flow_inverse(z_K, *parameters, constraint)
+    torch.testing.assert_close(x, z, rtol=0, atol=1e-11 * float(1 + z.detach().abs().max()))
+    torch.testing.assert_close(back, -ladj, rtol=1e-10, atol=1e-10)
+
+    dx, dladj = torch.randn_like(x), torch.randn_like(back)
+    got = torch.autograd.grad((x, back), (z_K, *parameters), (dx, dladj))
+    want = inverse_vjp(z, parameters, dx, dladj, constraint)
+    for name, one, other in zip(["z_K", "w", "u", "b"], got, want):
+        scale = float(other.abs().max())
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-9 * (1 + scale), msg=name)
+
+
+@pytest.mark.parametrize("shared", KINDS)
+def test_inverse_residual_float32(target: Target, shared: bool) -> None:
+    """|F(x) - y| stays within the rounding of the steps that lead there and back."""
+    z, w, u, b = problem(target.rows, 12, 10, shared, torch.float32, target.device)
+    z_K, _ = planar_flow(z, w, u, b)
+    x, _ = planar_flow_inverse(z_K, w, u, b)
+    again, _ = planar_chain(*(t.detach().cpu().double() for t in (x, w, u, b)))
+    moved = [z_K.detach().abs().max(), x.detach().abs().max()]
+    # each of 10 steps rounds a dot product of 12 terms, a tanh and a sum, and u_hat is of size 5
+    bound = 10 * 16 * torch.finfo(torch.float32).eps * float(max(moved))
+    assert (again - z_K.cpu()).abs().max() < bound
+
+
+@pytest.mark.parametrize("constraint", CONSTRAINTS)
+@pytest.mark.parametrize("shared", KINDS)
+@pytest.mark.parametrize("direction", [planar_flow, planar_flow_inverse])
+def test_gradcheck(target: Target, direction: object, shared: bool, constraint: str) -> None:
+    leaves = problem(3, 4, 3, shared, device=target.device)
+    torch.autograd.gradcheck(
+        lambda *args: direction(*args, constraint),
+        leaves,
+        nondet_tol=0.0,
+        check_batched_grad=True,
+        fast_mode=target.slow,
+    )
+
+
+@pytest.mark.parametrize("shared", KINDS)
+@pytest.mark.parametrize("direction", [planar_flow, planar_flow_inverse])
+def test_double_backward(target: Target, direction: object, shared: bool) -> None:
+    leaves = problem(3, 2, 3, shared, device=target.device)
+    torch.autograd.gradgradcheck(direction, leaves, fast_mode=target.slow)
+
+    first = torch.autograd.grad(loss(direction(*leaves)), leaves, create_graph=True)
+    sum(g.square().sum() for g in first).backward()
+    with fastflow.use_backend("reference"):
+        again = torch.autograd.grad(loss(direction(*leaves)), leaves, create_graph=True)
+        want = torch.autograd.grad(sum(g.square().sum() for g in again), leaves)
+    for leaf, expected in zip(leaves, want):
+        torch.testing.assert_close(leaf.grad, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("shared", KINDS)
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (0, 2), (1, 3), (0, 1, 2, 3)])
+@pytest.mark.parametrize("output", [0, 1])
+def test_needed_gradients_and_missing_cotangents(
+    target: Target, shared: bool, wanted: tuple[int, ...], output: int
+) -> None:
+    leaves = problem(target.rows, 3, 2, shared, device=target.device)
+    exact = [leaf.detach().cpu().clone().requires_grad_() for leaf in leaves]
+    for index, leaf in enumerate(leaves):
+        leaf.requires_grad_(index in wanted)
+    got = torch.autograd.grad(
+        planar_flow(*leaves)[output].sin().sum(), [leaves[i] for i in wanted], allow_unused=True
+    )
+    want = torch.autograd.grad(planar_chain(*exact)[output].sin().sum(), [exact[i] for i in wanted])
+    for one, other in zip(got, want):
+        torch.testing.assert_close(one.cpu(), other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("shared", KINDS)
+def test_strides_do_not_matter(target: Target, shared: bool) -> None:
+    z, w, u, b = (t.detach() for t in problem(6, 5, 3, shared, torch.float32, target.device))
+    odd = [
+        z.t().contiguous().t(),
+        torch.stack([w, w + 1], -1)[..., 0],
+        torch.cat([u * 0, u], -1)[..., u.shape[-1] :],
+        torch.stack([b, b], 0)[1],
+    ]
+    results = []
+    for leaves in ([z, w, u, b], odd):
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        z_K, ladj = planar_flow(*leaves)
+        # the gradient of a sum has strides (0, 0)
+        results.append([z_K, ladj, *torch.autograd.grad(z_K.sum() + ladj.sum(), leaves)])
+    for one, other in zip(*results):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("z_batch", "parameter_batch"),
+    [
+        ((), ()),
+        ((), (4,)),
+        ((4,), (1,)),
+        ((2, 3), (3,)),
+        ((2, 1), (1, 3)),
+        ((0,), ()),
+        ((2, 0), (0,)),
+    ],
+)
+def test_batches_broadcast(target: Target, z_batch: tuple, parameter_batch: tuple) -> None:
+    D, K = 3, 2
+    dtype = {"dtype": torch.float64, "device": target.device}
+    z = torch.randn(*z_batch, D, **dtype, requires_grad=True)
+    w = torch.randn(*parameter_batch, K, D, **dtype, requires_grad=True)
+    u = torch.randn(*parameter_batch, K, D, **dtype, requires_grad=True)
+    b = torch.randn(*parameter_batch, K, **dtype, requires_grad=True)
+    z_K, ladj = planar_flow(z, w, u, b)
+    batch = torch.broadcast_shapes(z_batch, parameter_batch)
+    want, want_ladj = planar_chain(z.expand(*batch, D), w, u, b)
+    assert z_K.shape == (*batch, D) and ladj.shape == batch
+    torch.testing.assert_close((z_K, ladj), (want, want_ladj), rtol=1e-12, atol=1e-12)
+    got = torch.autograd.grad(loss((z_K, ladj)), (z, w, u, b), allow_unused=True)
+    for one, leaf, other in zip(
+        got, (z, w, u, b), torch.autograd.grad(loss((want, want_ladj)), (z, w, u, b))
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+        assert one.shape == leaf.shape
+
+
+def test_only_some_parameters_amortised(target: Target) -> None:
+    z, w, u, _ = problem(4, 3, 2, shared=True, device=target.device)
+    amortised_b = torch.randn(4, 2, dtype=z.dtype, device=z.device)
+    want = planar_chain(z, w, u, amortised_b)
+    torch.testing.assert_close(planar_flow(z, w, u, amortised_b), want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("direction", [planar_flow, planar_flow_inverse])
+def test_no_steps_is_the_identity(target: Target, direction: object) -> None:
+    z = torch.randn(4, 3, device=target.device)
+    empty = torch.empty(0, 3, device=target.device)
+    out, ladj = direction(z, empty, empty, empty[:, 0])
+    assert torch.equal(out, z) and torch.equal(ladj, torch.zeros_like(ladj))
+
+
+@pytest.mark.parametrize("shared", KINDS)
+@pytest.mark.parametrize(("features", "steps"), [(4097, 2), (8192, 1), (3, 256), (130, 70)])
+def test_large(target: Target, features: int, steps: int, shared: bool) -> None:
+    if target.slow and features * steps > 5000:
+        steps = 2
+    exact = problem(3, features, steps, shared)
+    leaves = [leaf.detach().to(target.device).requires_grad_() for leaf in exact]
+    torch.testing.assert_close(
+        tuple(t.cpu() for t in planar_flow(*leaves)), planar_chain(*exact), rtol=1e-9, atol=1e-9
+    )
+    for one, other in zip(grads(planar_flow, leaves), grads(planar_chain, exact)):
+        scale = float(other.abs().max())
+        torch.testing.assert_close(one.cpu(), other, rtol=0, atol=1e-9 * (1 + scale))
+
+
+# ---------------------------------------------------------------- accuracy
+
+
+def bulk_and_extreme_points(count: int = 12_000) -> tuple[Tensor, Tensor]:
+    """Pre-activations a and products p = w.u: random, large, tiny, and where terms cancel."""
+    special_a = [0.0, 1e-30, 1e-9, 1e-4, 0.3, 0.88, 1.0, 1.3, 5.0, 10.0, 44.0, 50.0, 100.0]
+    special_p = [0.0, 1e-9, 0.5413, 0.5413248, 0.54132485, 0.55, 1.4999, 1.5, 1.5001, 10.0, 20.0]
+    special_p += [40.0, 60.0, 89.0, 100.0, 1e3, 1e4]
+    signed = torch.tensor(special_a + [-a for a in special_a])
+    grid = torch.cartesian_prod(signed, torch.tensor(special_p + [-p for p in special_p])).double()
+    random = torch.randn(count - len(grid), 2, dtype=torch.float64)
+    random *= torch.tensor([0.1, 1.0, 3.0, 30.0])[torch.randint(4, random.shape)]
+    a, p = torch.cat([grid, random]).float().double().unbind(-1)
+    return a, p
+
+
+def ulps(actual: Tensor, exact: Tensor, size: Tensor | None = None) -> Tensor:
+    """|error| in units of the last place of the exact value, or of `size`."""
+    info = torch.finfo(actual.dtype)
+    size = exact.abs() if size is None else size
+    # below the smallest normal number a relative error means nothing
+    return (actual.double() - exact).abs() / (info.eps * size.clamp(min=info.tiny / info.eps))
+
+
+@pytest.mark.parametrize("constraint", CONSTRAINTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_accuracy_against_mpmath(target: Target, dtype: torch.dtype, constraint: str) -> None:
+    """With w = (1, 0), z = (a, 0), u = (p, 0) the op computes a and w.u without rounding."""
+    a, p = bulk_and_extreme_points(4_000 if target.slow else 12_000)
+    exact = [step_by_mpmath(x, y, constraint) for x, y in zip(a.tolist(), p.tolist())]
+    exact = torch.tensor([[float(v) for v in row] for row in exact], dtype=torch.float64)
+    zeros = torch.zeros_like(a)
+    z = torch.stack([a, zeros], -1).to(target.device, dtype).requires_grad_()
+    u = torch.stack([p, zeros], -1)[:, None].to(target.device, dtype).requires_grad_()
+    w = torch.zeros_like(u)
+    w.data[..., 0] = 1
+    b = torch.zeros_like(w[..., 0], requires_grad=True)
+    z_K, ladj = planar_flow(z, w, u, b, constraint)
+    db, du = torch.autograd.grad(ladj.sum(), (b, u))
+
+    on_gpu = target.device == "cuda"
+    got = [t.detach().cpu() for t in (ladj, db[:, 0])]
+    assert torch.isfinite(z_K).all() and torch.isfinite(du).all()
+    for name, value, want in zip(("L", "dL/da"), got, exact.unbind(-1)):
+        assert torch.isfinite(value).all()
+        relative, units = ulps(value, want), ulps(value, want, want.abs().clamp(min=1))
+        worst = int(relative.argmax())
+        where = f"{name} at a={a[worst]:.9g} p={p[worst]:.9g}: {value[worst]} for {want[worst]}"
+        assert relative.max() <= (40 if on_gpu else 10), f"{relative.max():.1f} ulp, {where}"
+        if name == "L":
+            assert units.max() <= (8 if on_gpu else 4), f"{units.max():.1f} units"
+
+
+def test_gradient_in_p_against_mpmath(target: Target) -> None:
+    """du[0] is exactly dL/dp where w has unit length: u_hat then passes nothing else from ladj."""
+    a, p = bulk_and_extreme_points(2_000)
+    exact = torch.tensor(
+        [float(step_by_mpmath(x, y)[2]) for x, y in zip(a.tolist(), p.tolist())],
+        dtype=torch.float64,
+    )
+    z, u = a[:, None].float().to(target.device), p[:, None, None].float().to(target.device)
+    u.requires_grad_()
+    ladj = planar_flow(z, torch.ones_like(u), u, torch.zeros_like(u[..., 0]))[1]
+    (du,) = torch.autograd.grad(ladj.sum(), u)
+    error = ulps(du[:, 0, 0].cpu(), exact)
+    worst = int(error.argmax())
+    assert error.max() <= (40 if target.device == "cuda" else 10), (a[worst], p[worst], error.max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shared", KINDS)
+def test_half_precision_computes_in_float32(
+    target: Target, shared: bool, dtype: torch.dtype
+) -> None:
+    leaves = [t.detach().to(dtype) for t in problem(9, 6, 4, shared, device=target.device)]
+    z_K, ladj = planar_flow(*leaves)
+    exact, exact_ladj = planar_chain(*(leaf.double().cpu() for leaf in leaves))
+    assert z_K.dtype == dtype and ladj.dtype == torch.float32
+    eps = torch.finfo(dtype).eps
+    assert ((z_K.cpu() - exact).abs() <= eps * exact.abs().clamp(min=torch.finfo(dtype).tiny)).all()
+    torch.testing.assert_close(ladj.cpu(), exact_ladj.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shared", KINDS)
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-16, 1e-14, 1e-7])
+@pytest.mark.parametrize("constraint", CONSTRAINTS)
+def test_vanishing_w(target: Target, shared: bool, size: float, constraint: str) -> None:
+    z, w, u, b = (t.detach() for t in problem(4, 3, 2, shared, torch.float32, target.device))
+    w = size * w / w.norm(dim=-1, keepdim=True)
+    leaves = [t.requires_grad_() for t in (z, w, u, b)]
+    z_K, ladj = planar_flow(*leaves, constraint)
+    for tensor in (z_K, ladj, *torch.autograd.grad(z_K.sum() + ladj.sum(), leaves)):
+        assert torch.isfinite(tensor).all()
+    if size < 2**-50:
+        want = z + (u * torch.tanh(b)[..., None]).sum(-2)
+        torch.testing.assert_close(z_K, want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ladj, torch.zeros_like(ladj), rtol=0, atol=1e-6)
+    x, back = planar_flow_inverse(z_K.detach(), *leaves[1:], constraint)
+    assert torch.isfinite(x).all() and torch.isfinite(back).all()
+
+
+def test_extreme_sizes_stay_finite(target: Target) -> None:
+    a, p = bulk_and_extreme_points(1_000)
+    z, u = (t.float().to(target.device)[:, None] for t in (a, p))
+    u = u[:, None].requires_grad_()
+    w, b = torch.ones_like(u, requires_grad=True), torch.zeros_like(u[..., 0], requires_grad=True)
+    z.requires_grad_()
+    z_K, ladj = planar_flow(z, w, u, b)
+    for tensor in (z_K, ladj, *torch.autograd.grad(z_K.sum() + ladj.sum(), (z, w, u, b))):
+        assert torch.isfinite(tensor).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("shared", KINDS)
+@pytest.mark.parametrize("direction", [planar_flow, planar_flow_inverse])
+def test_a_bad_row_harms_no_other(
+    target: Target, direction: object, shared: bool, bad: float
+) -> None:
+    z, *parameters = problem(7, 3, 2, shared, torch.float32, target.device)
+    broken = z.detach().clone()
+    broken[3, 1] = bad
+    others = [0, 1, 2, 4, 5, 6]
+    results = []
+    for points in (z.detach().clone(), broken):
+        points.requires_grad_()
+        out, ladj = direction(points, *parameters)
+        (dz,) = torch.autograd.grad(out[others].sum() + ladj[others].sum(), points)
+        results.append((out[others], ladj[others], dz[others]))
+        assert torch.isfinite(out[others]).all()
+    for one, other in zip(*results):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("shared", KINDS)
+@pytest.mark.parametrize("direction", [planar_flow, planar_flow_inverse])
+def test_a_row_does_not_depend_on_its_batch(
+    target: Target, direction: object, shared: bool
+) -> None:
+    if target.backend == "reference":
+        pytest.skip("PyTorch's own reductions depend on the batch they are in")
+    leaves = [t.detach() for t in problem(target.rows, 6, 4, shared, torch.float32, target.device)]
+    order = torch.randperm(target.rows, device=target.device)
+
+    def run(rows: Tensor) -> list[Tensor]:
+        picked = [t[rows] if i == 0 or not shared else t for i, t in enumerate(leaves)]
+        picked = [t.clone().requires_grad_() for t in picked]
+        out, ladj = direction(*picked)
+        return [
+            out,
+            ladj,
+            *torch.autograd.grad(out.sum() + ladj.sum(), picked)[: 1 if shared else 4],
+        ]
+
+    whole = run(torch.arange(target.rows, device=target.device))
+    for one, other in zip(run(order), whole):
+        assert torch.equal(one, other[order])
+    for row in (0, target.rows - 1):
+        for one, other in zip(run(torch.tensor([row], device=target.device)), whole):
+            assert torch.equal(one[0], other[row])
+
+
+@pytest.mark.parametrize("shared", KINDS)
+def test_runs_repeat_bitwise(target: Target, shared: bool) -> None:
+    leaves = problem(
+        target.rows if target.slow else 3001, 6, 4, shared, torch.float32, target.device
+    )
+    threads = torch.get_num_threads()
+    first = None
+    try:
+        for run in range(2 if target.slow else 20):
+            if target.backend != "reference":  # PyTorch's sums split by thread
+                torch.set_num_threads(1 + run % 2)
+            result = [*planar_flow(*leaves), *grads(planar_flow, leaves)]
+            first = first or result
+            assert all(torch.equal(one, other) for one, other in zip(result, first))
+    finally:
+        torch.set_num_threads(threads)
+
+
+# ---------------------------------------------------------------- arguments
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"w": torch.zeros(2, 3)}, ValueError, "w has 3 features, z has 4"),
+        ({"u": torch.zeros(2, 5)}, ValueError, "u has 5 features, z has 4"),
+        ({"u": torch.zeros(3, 4)}, ValueError, "u has 3 steps, w has 2"),
+        ({"b": torch.zeros(3)}, ValueError, "b has 3 steps, w has 2"),
+        ({"b": torch.zeros(())}, ValueError, r"b has shape \(\), must be \(K\)"),
+        ({"w": torch.zeros(4)}, ValueError, r"w has shape \(4,\)"),
+        ({"z": torch.zeros(())}, ValueError, r"z has shape \(\)"),
+        ({"z": torch.zeros(5, 0)}, ValueError, "D >= 1"),
+        ({"z": torch.zeros(5, 4, dtype=torch.int64)}, TypeError, "z is torch.int64"),
+        ({"u": torch.zeros(2, 4, dtype=torch.complex64)}, TypeError, "u is torch.complex64"),
+        ({"w": [[1.0]]}, TypeError, "w is a list"),
+        ({"w": torch.zeros(2, 4, device="meta")}, ValueError, "w is on meta, z is on cpu"),
+        ({"b": torch.zeros(7, 2)}, ValueError, "do not broadcast"),
+        ({"constraint": "none"}, ValueError, "constraint is 'none'"),
+    ],
+)
+def test_bad_arguments_are_named(change: dict, error: type, message: str) -> None:
+    arguments = {"z": torch.zeros(5, 4), "w": torch.zeros(2, 4), "u": torch.zeros(2, 4)}
+    arguments |= {"b": torch.zeros(2), "constraint": "paper"} | change
+    with pytest.raises(error, match=f"planar_flow: .*{message}"):
+        planar_flow(*arguments.values())
+
+
+def test_dtypes_promote_as_in_pytorch(target: Target) -> None:
+    z, w, u, b = (t.detach() for t in problem(4, 3, 2, True, torch.float32, target.device))
+    z_K, ladj = planar_flow(z.to(torch.bfloat16), w, u.double(), b)
+    assert z_K.dtype == ladj.dtype == torch.float64
