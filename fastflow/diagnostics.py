@@ -1,0 +1,101 @@
+"""What is installed, which backends work and what to do about those that do not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from typing import Any
+
+import torch
+
+from fastflow import backends, native
+
+# What to do about a reason, by words that occur in it.
+REMEDIES = (
+    ("FASTFLOW_BUILD", "install fastflow again without FASTFLOW_BUILD"),
+    ("no C++ compiler", "install g++ 11 or later, then install fastflow again"),
+    ("no nvcc", "install the CUDA toolkit of torch's CUDA version, then install fastflow again"),
+    ("has no CUDA", "install a CUDA build of torch, then install fastflow again"),
+    ("sees no CUDA device", "on a machine with an NVIDIA GPU, check its driver with nvidia-smi"),
+    ("triton", "pip install -U triton"),
+    ("not built", "`pip install -v` shows the compiler's output"),
+    ("does not load", "install fastflow again in this environment"),
+)
+
+
+def info() -> dict[str, Any]:
+    """Versions, devices and backends of this installation. Asks the CUDA driver for its devices.
+
+    Returns:
+        A dict with the keys `fastflow`, `python`, `torch`, `triton`, `cuda` (versions, None where
+        there is none), `gpus` (names), `cpu` (the vector unit), `threads`, and `backends`: by name,
+        `devices` that it serves here, `reason` (None if it works), `remedy` and `library` (the
+        file it runs on, None if it is not compiled).
+
+    Example:
+        >>> import fastflow
+        >>> fastflow.info()["backends"]["reference"]["devices"][0]
+        'cpu'
+    """
+    from fastflow import __version__  # the package imports this module before it is complete
+
+    gpu = torch.cuda.is_available()
+    return {
+        "fastflow": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cuda": torch.version.cuda,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "backends": {name: _backend(name, gpu) for name in backends.names()},
+    }
+
+
+def report() -> str:
+    """`info` as a table to read."""
+    facts = info()
+    lines = [
+        f"fastflow {facts['fastflow']}",
+        f"  python   {facts['python']}",
+        f"  torch    {facts['torch']}",
+        f"  triton   {facts['triton'] or 'none'}",
+        f"  CUDA     {facts['cuda'] or 'none: this torch has no CUDA'}",
+        f"  GPU      {', '.join(facts['gpus']) or 'none'}",
+        f"  CPU      {facts['cpu']}, {facts['threads']} threads",
+        "backends",
+    ]
+    for name, backend in facts["backends"].items():
+        if backend["reason"] is None:
+            where = f"{' and '.join(backend['devices'])} tensors"
+            library = f", {backend['library']}" if backend["library"] else ""
+            lines.append(f"  {name:<10} ready    {where}{library}")
+        else:
+            lines.append(f"  {name:<10} missing  {backend['reason']}")
+            if backend["remedy"]:
+                lines.append(f"  {'':<10}          -> {backend['remedy']}")
+    return "\n".join(lines)
+
+
+def _backend(name: str, gpu: bool) -> dict[str, Any]:
+    seen = ("cpu", "cuda") if gpu else ("cpu",)
+    devices = [device for device in seen if name in backends.available(device)]
+    reason = backends.status(name)
+    if reason is None and not devices:
+        reason = "torch sees no CUDA device"
+    remedy = next((what for words, what in REMEDIES if reason and words in reason), None)
+    library = native.libraries.get(name)
+    return {
+        "devices": devices,
+        "reason": reason,
+        "remedy": remedy,
+        "library": str(library) if library else None,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
