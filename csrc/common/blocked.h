@@ -1,0 +1,238 @@
+// Register-blocked products of a tile of rows with a few vectors, the work of a shared chain.
+//
+// A tile has kTileRows rows. Quantities of one number a row and step are kept "by step",
+// x[i * kTileRows + row], rows contiguous; batch tensors stay as they are, row after row. Rows past
+// the end of the batch are computed as zeros and never loaded or stored, so that every row passes
+// through the same operations wherever it stands.
+#pragma once
+
+#include <algorithm>
+
+#include "vector.h"
+
+namespace fastflow {
+
+inline constexpr int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+// Accumulators are kBlock x 2 vectors: 16 of 32 registers, or 8 of 16.
+#if defined(__AVX512F__) || defined(__aarch64__)
+inline constexpr int kBlock = 8;
+#else
+inline constexpr int kBlock = 4;
+#endif
+
+template <class T>
+inline constexpr int kTileRows = 2 * Vec<T>::lanes;
+
+// Elements between padded rows of n: whole cache lines, an odd number of them, so that a column
+// of rows does not fall into one cache set.
+template <class T>
+constexpr int64_t padded_stride(int64_t n) {
+  const int64_t line = 64 / int64_t(sizeof(T));
+  return (round_up(n, line) / line | 1) * line;
+}
+
+// The first n elements (any n >= 1) of memory as a vector, zeros beyond.
+template <class T>
+FASTFLOW_HD Vec<T> load_up_to(const T* p, int64_t n) {
+  return n >= Vec<T>::lanes ? Vec<T>::load(p) : load_partial(p, int(n));
+}
+template <class T>
+FASTFLOW_HD void store_up_to(Vec<T> x, T* p, int64_t n) {
+  if (n >= Vec<T>::lanes)
+    x.store(p);
+  else
+    store_partial(x, p, int(n));
+}
+
+// Long sums are made of short ones (of 64 columns, of a tile's rows): their rounding errors grow
+// with the length of the parts, not of the whole.
+template <class T>
+FASTFLOW_HD void add_to(T* p, Vec<T> x) {
+  (Vec<T>::load(p) + x).store(p);
+}
+
+// by_step[d * kTileRows + row] = rows[row * stride + d] for d < round_up(n, lanes).
+template <class T>
+void transpose_in(const T* rows, int64_t stride, int64_t row_count, int64_t n, T* by_step) {
+  constexpr int lanes = Vec<T>::lanes;
+  for (int half = 0; half < 2; ++half) {
+    const int64_t live = std::clamp<int64_t>(row_count - half * lanes, 0, lanes);
+    for (int64_t d = 0; d < n; d += lanes) {
+      Vec<T> block[lanes];
+      const T* from = rows + half * lanes * stride + d;
+      if (live == lanes && n - d >= lanes) {
+#pragma GCC unroll 16
+        for (int r = 0; r < lanes; ++r) block[r] = Vec<T>::load(from + r * stride);
+      } else {
+#pragma GCC unroll 16
+        for (int r = 0; r < lanes; ++r)
+          block[r] = r < live ? load_up_to(from + r * stride, n - d) : Vec<T>(T(0));
+      }
+      transpose(block);
+#pragma GCC unroll 16
+      for (int r = 0; r < lanes; ++r)
+        block[r].store(by_step + (d + r) * kTileRows<T> + half * lanes);
+    }
+  }
+}
+
+// rows[row * stride + d] = by_step[d * kTileRows + row] for row < row_count, d < n.
+template <class T>
+void transpose_out(const T* by_step, int64_t n, T* rows, int64_t stride, int64_t row_count) {
+  constexpr int lanes = Vec<T>::lanes;
+  for (int half = 0; half < 2; ++half) {
+    const int64_t live = std::clamp<int64_t>(row_count - half * lanes, 0, lanes);
+    for (int64_t d = 0; live > 0 && d < n; d += lanes) {
+      Vec<T> block[lanes];
+#pragma GCC unroll 16
+      for (int r = 0; r < lanes; ++r)
+        block[r] = d + r < n ? Vec<T>::load(by_step + (d + r) * kTileRows<T> + half * lanes)
+                             : Vec<T>(T(0));
+      transpose(block);
+      T* to = rows + half * lanes * stride + d;
+#pragma GCC unroll 16
+      for (int r = 0; r < lanes; ++r)
+        if (r < live) store_up_to(block[r], to + r * stride, n - d);
+    }
+  }
+}
+
+// panels[(i / kBlock) * D * kBlock + d * kBlock + i % kBlock] = matrix[i * stride + d], zeros past
+// K.
+template <class T>
+void pack_panels(const T* matrix, int64_t stride, int64_t K, int64_t D, T* panels) {
+  for (int64_t i0 = 0; i0 < K; i0 += kBlock, panels += D * kBlock)
+    for (int64_t d = 0; d < D; ++d)
+      for (int i = 0; i < kBlock; ++i)
+        panels[d * kBlock + i] = i0 + i < K ? matrix[(i0 + i) * stride + d] : T(0);
+}
+
+// out[i] += rows . matrix_i, by step; `out` has round_up(K, kBlock) steps.
+template <class T>
+void tile_dots(const T* rows, int64_t row_count, int64_t D, const T* panels, int64_t K, T* out) {
+  constexpr int lanes = Vec<T>::lanes, width = kTileRows<T>, columns = 64;
+  alignas(64) T transposed[columns * width];
+  for (int64_t d0 = 0; d0 < D; d0 += columns) {
+    const int64_t n = std::min<int64_t>(columns, D - d0);
+    transpose_in(rows + d0, D, row_count, n, transposed);
+    for (int64_t i0 = 0; i0 < K; i0 += kBlock) {
+      const T* panel = panels + i0 * D + d0 * kBlock;
+      T* target = out + i0 * width;
+      Vec<T> sum[kBlock][2];
+#pragma GCC unroll 8
+      for (int i = 0; i < kBlock; ++i) sum[i][0] = sum[i][1] = Vec<T>(T(0));
+      for (int64_t d = 0; d < n; ++d) {
+        const Vec<T> x0 = Vec<T>::load(transposed + d * width);
+        const Vec<T> x1 = Vec<T>::load(transposed + d * width + lanes);
+#pragma GCC unroll 8
+        for (int i = 0; i < kBlock; ++i) {
+          const Vec<T> m(panel[d * kBlock + i]);
+          sum[i][0] += m * x0;
+          sum[i][1] += m * x1;
+        }
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < kBlock; ++i)
+        for (int h = 0; h < 2; ++h) add_to(target + i * width + h * lanes, sum[i][h]);
+    }
+  }
+}
+
+// The columns [d, d + Vectors * lanes) of tile_update for kBlock rows.
+template <int Vectors, class T>
+FASTFLOW_HD void update_block(const T* in, T* out, int64_t live, int64_t D, int64_t d,
+                              const T* coefficients, const T* matrix, int64_t stride, int64_t K) {
+  constexpr int lanes = Vec<T>::lanes;
+  Vec<T> sum[kBlock][Vectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < kBlock; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < Vectors; ++v)
+      sum[r][v] =
+          r < live ? load_up_to(in + r * D + d + v * lanes, D - d - v * lanes) : Vec<T>(T(0));
+  for (int64_t i = 0; i < K; ++i) {
+    Vec<T> m[Vectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < Vectors; ++v) m[v] = Vec<T>::load(matrix + i * stride + d + v * lanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < kBlock; ++r) {
+      const Vec<T> c(coefficients[i * kTileRows<T> + r]);
+#pragma GCC unroll 2
+      for (int v = 0; v < Vectors; ++v) sum[r][v] += c * m[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kBlock; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < Vectors; ++v)
+      if (r < live) store_up_to(sum[r][v], out + r * D + d + v * lanes, D - d - v * lanes);
+}
+
+// out = in + sum_i coefficients_i matrix_i for the rows of a tile; coefficients by step, the rows
+// of `matrix` padded with zeros to whole vectors.
+template <class T>
+void tile_update(const T* in, T* out, int64_t row_count, int64_t D, const T* coefficients,
+                 const T* matrix, int64_t stride, int64_t K) {
+  constexpr int lanes = Vec<T>::lanes;
+  for (int64_t r = 0; r < row_count; r += kBlock) {
+    const int64_t live = std::min<int64_t>(kBlock, row_count - r);
+    int64_t d = 0;
+    for (; D - d > lanes; d += 2 * lanes)
+      update_block<2>(in + r * D, out + r * D, live, D, d, coefficients + r, matrix, stride, K);
+    if (d < D)
+      update_block<1>(in + r * D, out + r * D, live, D, d, coefficients + r, matrix, stride, K);
+  }
+}
+
+template <int Vectors, class T>
+FASTFLOW_HD void accumulate_block(T* sums, int64_t sum_stride, const T* coefficients,
+                                  int64_t coefficient_stride, const T* rows, int64_t stride,
+                                  int64_t row_count, int64_t n) {
+  constexpr int lanes = Vec<T>::lanes;
+  Vec<T> sum[kBlock][Vectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < kBlock; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < Vectors; ++v) sum[i][v] = Vec<T>(T(0));
+  const auto add = [&](auto load) {
+    for (int64_t r = 0; r < row_count; ++r) {
+      Vec<T> x[Vectors];
+#pragma GCC unroll 2
+      for (int v = 0; v < Vectors; ++v) x[v] = load(rows + r * stride + v * lanes, v);
+#pragma GCC unroll 8
+      for (int i = 0; i < kBlock; ++i) {
+        const Vec<T> c(coefficients[i * coefficient_stride + r]);
+#pragma GCC unroll 2
+        for (int v = 0; v < Vectors; ++v) sum[i][v] += c * x[v];
+      }
+    }
+  };
+  if (n >= Vectors * lanes)
+    add([](const T* p, int) { return Vec<T>::load(p); });
+  else
+    add([n](const T* p, int v) { return load_up_to(p, n - v * lanes); });
+#pragma GCC unroll 8
+  for (int i = 0; i < kBlock; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < Vectors; ++v) add_to(sums + i * sum_stride + v * lanes, sum[i][v]);
+}
+
+// sums_i += sum over rows of coefficients[i, row] rows[row, :] for kBlock steps i; the rows of
+// `sums` are padded to whole vectors.
+template <class T>
+void accumulate(T* sums, int64_t sum_stride, const T* coefficients, int64_t coefficient_stride,
+                const T* rows, int64_t stride, int64_t row_count, int64_t D) {
+  constexpr int lanes = Vec<T>::lanes;
+  int64_t d = 0;
+  for (; D - d > lanes; d += 2 * lanes)
+    accumulate_block<2>(sums + d, sum_stride, coefficients, coefficient_stride, rows + d, stride,
+                        row_count, D - d);
+  if (d < D)
+    accumulate_block<1>(sums + d, sum_stride, coefficients, coefficient_stride, rows + d, stride,
+                        row_count, D - d);
+}
+
+}  // namespace fastflow

@@ -1,0 +1,140 @@
+// The parameters of a shared chain, laid out for the row tiles: what does not depend on a row.
+#pragma once
+
+#include "../common/blocked.h"
+#include "../common/parallel.h"
+#include "../common/vector_math.h"
+#include "planar_flow.h"
+#include "planar_flow_math.h"
+
+namespace fastflow {
+
+// Roughly how many cycles are worth a thread.
+inline constexpr int64_t kThreadCycles = 40000;
+
+template <class T>
+Vec<T> dot(const T* x, const T* y, int64_t n) {
+  Vec<T> sum(T(0));
+  for (int64_t d = 0; d < n; d += Vec<T>::lanes)
+    sum += load_up_to(x + d, n - d) * load_up_to(y + d, n - d);
+  return sum;
+}
+
+// Steps are numbered i = 0 .. K-1 in the order in which the direction that is run applies them.
+// Arrays by step have `steps` = round_up(K, 16) entries, those past K harmless.
+template <class T>
+struct PlanarChain {
+  int64_t K, D, steps, stride;
+  bool inverse;
+  PlanarStep<T*> step;  // (steps) each
+  T* w;                 // (steps, stride), zeros in the padding
+  T* u_hat;             // (steps, stride)
+  T* panels;            // forward: w, backward: u_hat, in panels for tile_dots
+  T* products;          // (steps, steps): forward [i][j] = w_i.u_hat_j, backward [j][i]
+
+  static constexpr int fields = 8;
+
+  int64_t source(int64_t i) const { return inverse ? K - 1 - i : i; }
+
+  template <class V>
+  PlanarStep<V> at(int64_t i) const {
+    return {V(step.s1[i]), V(step.s[i]),  V(step.x[i]),     V(step.root_s[i]),
+            V(step.ds[i]), V(step.dm[i]), V(step.alpha[i]), V(step.inv_n[i])};
+  }
+
+  static size_t bytes(const PlanarFlowArgs& args) {
+    using S = Scratch<PlanarChain>;
+    const int64_t steps = round_up(args.steps, 16), stride = padded_stride<T>(args.features);
+    return fields * S::template bytes<T>(steps) + 2 * S::template bytes<T>(steps * stride) +
+           S::template bytes<T>(steps * args.features) + S::template bytes<T>(steps * steps);
+  }
+
+  PlanarChain(const PlanarFlowArgs& args, Scratch<PlanarChain>& scratch, bool backward)
+      : K(args.steps),
+        D(args.features),
+        steps(round_up(K, 16)),
+        stride(padded_stride<T>(D)),
+        inverse(args.inverse) {
+    for (T** field :
+         {&step.s1, &step.s, &step.x, &step.root_s, &step.ds, &step.dm, &step.alpha, &step.inv_n})
+      *field = scratch.template take<T>(steps);
+    w = scratch.template take<T>(steps * stride);
+    u_hat = scratch.template take<T>(steps * stride);
+    panels = scratch.template take<T>(steps * D);
+    products = scratch.template take<T>(steps * steps);
+
+    const int64_t grain = std::max<int64_t>(1, kThreadCycles * Vec<T>::lanes / (8 * stride) / 16);
+    parallel_for(steps / 16, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin * 16; i < end * 16; i += Vec<T>::lanes) derive(args, i);
+    });
+    pack_panels(backward ? u_hat : w, stride, K, D, panels);
+    const int64_t product_grain = std::max<int64_t>(
+        1, kThreadCycles * Vec<T>::lanes / (4 * stride * std::max<int64_t>(K, 8)));
+    parallel_for(round_up(K, 4) / 4, product_grain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) multiply(4 * i, backward);
+    });
+  }
+
+ private:
+  // Steps i .. i + lanes: their terms and u_hat.
+  void derive(const PlanarFlowArgs& args, int64_t i) {
+    constexpr int lanes = Vec<T>::lanes;
+    T p[lanes] = {}, n[lanes] = {};
+    for (int l = 0; l < lanes; ++l) {
+      T* row = w + (i + l) * stride;
+      std::fill_n(row, stride, T(0));
+      std::fill_n(u_hat + (i + l) * stride, stride, T(0));
+      if (i + l >= K) continue;
+      const T* u_row = static_cast<const T*>(args.u) + source(i + l) * D;
+      std::copy_n(static_cast<const T*>(args.w) + source(i + l) * D, D, row);
+      p[l] = sum(dot(row, u_row, D));
+      n[l] = sum(dot(row, row, D));
+    }
+    const auto terms = planar_step(Vec<T>::load(p), Vec<T>::load(n), args.centred);
+    terms.s1.store(step.s1 + i);
+    terms.s.store(step.s + i);
+    terms.x.store(step.x + i);
+    terms.root_s.store(step.root_s + i);
+    terms.ds.store(step.ds + i);
+    terms.dm.store(step.dm + i);
+    terms.alpha.store(step.alpha + i);
+    terms.inv_n.store(step.inv_n + i);
+    for (int l = 0; l < lanes && i + l < K; ++l) {
+      const T* u_row = static_cast<const T*>(args.u) + source(i + l) * D;
+      const T* w_row = w + (i + l) * stride;
+      T* to = u_hat + (i + l) * stride;
+      const T alpha = step.alpha[i + l];
+      for (int64_t d = 0; d < D; ++d) to[d] = u_row[d] + alpha * w_row[d];
+    }
+  }
+
+  // w_i.u_hat_j for 4 values of i and all j up to the last of them.
+  void multiply(int64_t i0, bool backward) {
+    constexpr int lanes = Vec<T>::lanes;
+    for (int64_t j0 = 0; j0 <= i0; j0 += 4) {
+      Vec<T> sums[16 / lanes][lanes];
+      for (auto& group : sums)
+        for (auto& sum : group) sum = Vec<T>(T(0));
+      for (int64_t d = 0; d < D; d += lanes) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+          const Vec<T> x = Vec<T>::load(w + (i0 + i) * stride + d);
+#pragma GCC unroll 4
+          for (int j = 0; j < 4; ++j)
+            sums[(4 * i + j) / lanes][(4 * i + j) % lanes] +=
+                x * Vec<T>::load(u_hat + (j0 + j) * stride + d);
+        }
+      }
+      T block[16];
+#pragma GCC unroll 8
+      for (int group = 0; group < 16 / lanes; ++group)
+        sum_each(sums[group]).store(block + group * lanes);
+      for (int i = 0; i < 4; ++i)
+        for (int j = 0; j < 4; ++j)
+          products[backward ? (j0 + j) * steps + i0 + i : (i0 + i) * steps + j0 + j] =
+              block[4 * i + j];
+    }
+  }
+};
+
+}  // namespace fastflow

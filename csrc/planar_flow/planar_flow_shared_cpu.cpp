@@ -1,0 +1,316 @@
+// Planar chains with parameters shared by the batch. The state is never formed step by step: with
+// the K x K products of planar_flow_chain.h a tile of rows needs one thin product for the
+// pre-activations, a triangular recurrence of scalars, and one thin product for the output.
+#include <cstring>
+
+#include "planar_flow_chain.h"
+#include "planar_flow_cpu.h"
+
+namespace fastflow {
+namespace {
+
+template <class T>
+struct TileScratch;
+
+// Cycles of a row and step, roughly.
+template <class T>
+int64_t row_cycles(const PlanarFlowArgs& args, int64_t per_feature) {
+  return args.steps * (per_feature * args.features + args.steps + 100) / Vec<T>::lanes + 20;
+}
+
+// Recurrence of a tile: `r` holds w_i.in; fills a (by natural step) and signed = sigma tanh(a).
+template <bool Inverse, class T>
+void recur(const PlanarChain<T>& chain, const T* b, T* r, T* signed_t, T* a, T* ladj) {
+  using V = Vec<T>;
+  constexpr int lanes = V::lanes, width = kTileRows<T>;
+  V total[2] = {V(T(0)), V(T(0))};
+  for (int64_t i = 0; i < chain.K; ++i) {
+    const int64_t k = chain.source(i);
+    const T* products = chain.products + i * chain.steps;
+    V even[2], odd[2];
+    for (int h = 0; h < 2; ++h) {
+      even[h] = V::load(r + i * width + h * lanes) + V(b[k]);
+      odd[h] = V(T(0));
+    }
+    // The newest term last: all others can be summed while it is computed.
+    int64_t j = 0;
+    for (; j + 2 < i; j += 2) {
+      const V m0(products[j]), m1(products[j + 1]);
+      for (int h = 0; h < 2; ++h) {
+        even[h] += m0 * V::load(signed_t + j * width + h * lanes);
+        odd[h] += m1 * V::load(signed_t + (j + 1) * width + h * lanes);
+      }
+    }
+    for (int h = 0; h < 2; ++h) even[h] += odd[h];
+    for (; j < i; ++j)
+      for (int h = 0; h < 2; ++h)
+        even[h] += V(products[j]) * V::load(signed_t + j * width + h * lanes);
+
+    const auto step = chain.template at<V>(i);
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h) {
+      const V pre = Inverse ? planar_solve(even[h], step) : even[h];
+      const auto tanh = planar_tanh(pre);
+      total[h] += planar_ladj(tanh, step);
+      copysign(tanh.t, Inverse ? -pre : pre).store(signed_t + i * width + h * lanes);
+      pre.store(a + k * width + h * lanes);
+    }
+  }
+  for (int h = 0; h < 2; ++h) (Inverse ? -total[h] : total[h]).store(ladj + h * lanes);
+}
+
+template <class T>
+void forward_tile(const PlanarFlowArgs& args, const PlanarChain<T>& chain, int64_t row) {
+  constexpr int width = kTileRows<T>;
+  const int64_t rows = std::min<int64_t>(width, args.batch - row), D = chain.D, K = chain.K;
+  using S = Scratch<TileScratch<T>>;
+  S scratch(3 * S::template bytes<T>(chain.steps * width));
+  T* r = scratch.template take<T>(chain.steps * width);
+  T* signed_t = scratch.template take<T>(chain.steps * width);
+  T* a = scratch.template take<T>(chain.steps * width);
+
+  const T* in = static_cast<const T*>(args.in) + row * D;
+  std::fill_n(r, round_up(K, kBlock) * width, T(0));
+  tile_dots(in, rows, D, chain.panels, K, r);
+  T ladj[width];
+  if (args.inverse)
+    recur<true>(chain, static_cast<const T*>(args.b), r, signed_t, a, ladj);
+  else
+    recur<false>(chain, static_cast<const T*>(args.b), r, signed_t, a, ladj);
+  std::copy_n(ladj, rows, static_cast<T*>(args.ladj) + row);
+  transpose_out(a, K, static_cast<T*>(args.a) + row * K, K, rows);
+  tile_update(in, static_cast<T*>(args.out) + row * D, rows, D, signed_t, chain.u_hat, chain.stride,
+              K);
+}
+
+// Sums over the rows of a chunk of the batch, and where each part of them lies. With
+// signed t = sigma tanh(a): gamma^T in, (signed t)^T g, gamma^T (signed t), and by lanes db and dp.
+template <class T>
+struct Sums {
+  T *gamma_in, *t_g, *gamma_t, *db, *dp;
+
+  static int64_t size(const PlanarChain<T>& chain) {
+    return chain.steps * (2 * chain.stride + chain.steps + 2 * Vec<T>::lanes);
+  }
+  Sums(T* memory, const PlanarChain<T>& chain)
+      : gamma_in(memory),
+        t_g(gamma_in + chain.steps * chain.stride),
+        gamma_t(t_g + chain.steps * chain.stride),
+        db(gamma_t + chain.steps * chain.steps),
+        dp(db + chain.steps * Vec<T>::lanes) {}
+};
+
+// Reverse recurrence of a tile: `h` holds u_hat_i.g; fills gamma and signed_t = sigma tanh(a).
+template <bool Inverse, class T>
+void recur_backward(const PlanarChain<T>& chain, const T* h, const T* a, const T* dladj,
+                    bool param_grads, T* gamma, T* signed_t, const Sums<T>& sums) {
+  using V = Vec<T>;
+  constexpr int lanes = V::lanes, width = kTileRows<T>;
+  for (int64_t i = chain.K - 1; i >= 0; --i) {
+    const T* products = chain.products + i * chain.steps;
+    V even[2], odd[2];
+    for (int half = 0; half < 2; ++half) {
+      even[half] = V::load(h + i * width + half * lanes);
+      odd[half] = V(T(0));
+    }
+    int64_t j = chain.K - 1;
+    for (; j - 2 > i; j -= 2) {
+      const V m0(products[j]), m1(products[j - 1]);
+      for (int half = 0; half < 2; ++half) {
+        even[half] += m0 * V::load(gamma + j * width + half * lanes);
+        odd[half] += m1 * V::load(gamma + (j - 1) * width + half * lanes);
+      }
+    }
+    for (int half = 0; half < 2; ++half) even[half] += odd[half];
+    for (; j > i; --j)
+      for (int half = 0; half < 2; ++half)
+        even[half] += V(products[j]) * V::load(gamma + j * width + half * lanes);
+
+    const auto step = chain.template at<V>(i);
+    V db(T(0)), dp(T(0));
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      const V pre = V::load(a + chain.source(i) * width + half * lanes);
+      const V g_ladj = V::load(dladj + half * lanes);
+      const auto tanh = planar_tanh(pre);
+      const auto grad = planar_ladj_grad(pre, tanh, step);
+      const V t = copysign(tanh.t, pre);
+      V g_a, g_p = g_ladj * grad.dl_dp;
+      if constexpr (Inverse) {
+        g_a = (g_ladj * grad.dl_da - tanh.q * even[half]) / grad.det;
+        g_p -= step.ds * t * g_a;
+      } else {
+        g_a = tanh.q * even[half] + g_ladj * grad.dl_da;
+      }
+      g_a.store(gamma + i * width + half * lanes);
+      (Inverse ? -t : t).store(signed_t + i * width + half * lanes);
+      db += g_a;
+      dp += g_p;
+    }
+    if (param_grads) {
+      (V::load(sums.db + i * lanes) + db).store(sums.db + i * lanes);
+      (V::load(sums.dp + i * lanes) + dp).store(sums.dp + i * lanes);
+    }
+  }
+}
+
+template <class T>
+void backward_tile(const PlanarFlowArgs& args, const PlanarChain<T>& chain, int64_t row,
+                   const Sums<T>& sums) {
+  constexpr int width = kTileRows<T>;
+  const int64_t rows = std::min<int64_t>(width, args.batch - row), D = chain.D, K = chain.K;
+  using S = Scratch<TileScratch<T>>;
+  S scratch(5 * S::template bytes<T>(chain.steps * width));
+  T* h = scratch.template take<T>(chain.steps * width);
+  T* a = scratch.template take<T>(chain.steps * width);
+  T* gamma = scratch.template take<T>(chain.steps * width);
+  T* signed_t = scratch.template take<T>(chain.steps * width);
+  T* t_rows = scratch.template take<T>(chain.steps * width);
+
+  const T* g = static_cast<const T*>(args.d_out) + row * D;
+  const int64_t blocked_steps = round_up(K, kBlock);
+  std::fill_n(h, blocked_steps * width, T(0));
+  tile_dots(g, rows, D, chain.panels, K, h);
+  transpose_in(static_cast<const T*>(args.a) + row * K, K, rows, K, a);
+  T dladj[width] = {};
+  for (int64_t r = 0; r < rows; ++r) {
+    const T value = static_cast<const T*>(args.d_ladj)[row + r];
+    dladj[r] = args.inverse ? -value : value;
+  }
+  std::fill_n(gamma + K * width, (blocked_steps - K) * width, T(0));
+  std::fill_n(signed_t + K * width, (blocked_steps - K) * width, T(0));
+  if (args.inverse)
+    recur_backward<true>(chain, h, a, dladj, args.param_grads, gamma, signed_t, sums);
+  else
+    recur_backward<false>(chain, h, a, dladj, args.param_grads, gamma, signed_t, sums);
+  tile_update(g, static_cast<T*>(args.d_in) + row * D, rows, D, gamma, chain.w, chain.stride, K);
+  if (!args.param_grads) return;
+
+  const T* in = static_cast<const T*>(args.in) + row * D;
+  transpose_out(signed_t, K, t_rows, chain.steps, width);
+  for (int64_t i = 0; i < K; i += kBlock) {
+    accumulate(sums.gamma_in + i * chain.stride, chain.stride, gamma + i * width, width, in, D,
+               rows, D);
+    accumulate(sums.t_g + i * chain.stride, chain.stride, signed_t + i * width, width, g, D, rows,
+               D);
+    accumulate(sums.gamma_t + i * chain.steps, chain.steps, gamma + i * width, width, t_rows,
+               chain.steps, rows, std::min<int64_t>(K, i + kBlock));
+  }
+}
+
+// The parameter gradients from the sums over the batch.
+template <class T>
+void finish(const PlanarFlowArgs& args, const PlanarChain<T>& chain, const Sums<T>& sums, T* lower,
+            T* upper) {
+  using V = Vec<T>;
+  const int64_t K = chain.K, D = chain.D, steps = chain.steps, stride = chain.stride;
+  for (int64_t i = 0; i < steps; ++i)
+    for (int64_t j = 0; j < steps; ++j) {
+      const bool live = i < K && j < K;
+      lower[i * steps + j] = live && j < i ? sums.gamma_t[i * steps + j] : T(0);
+      upper[i * steps + j] = live && j > i ? sums.gamma_t[j * steps + i] : T(0);
+    }
+  const int64_t block_cycles = kBlock * stride * (K + 8) / V::lanes;
+  const int64_t grain = std::max<int64_t>(1, kThreadCycles / block_cycles);
+  parallel_for(round_up(K, kBlock) / kBlock, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i0 = begin * kBlock; i0 < std::min(end * kBlock, K); i0 += kBlock) {
+      const int64_t i1 = std::min<int64_t>(i0 + kBlock, K);
+      accumulate(sums.gamma_in + i0 * stride, stride, lower + i0 * steps, steps, chain.u_hat,
+                 stride, i1, D);
+      accumulate(sums.t_g + i0 * stride, stride, upper + i0 * steps + i0, steps,
+                 chain.w + i0 * stride, stride, K - i0, D);
+      for (int64_t i = i0; i < i1; ++i) {
+        const int64_t k = chain.source(i);
+        const T* u = static_cast<const T*>(args.u) + k * D;
+        const T* w = chain.w + i * stride;
+        const T* direct = sums.gamma_in + i * stride;
+        const T* du_hat = sums.t_g + i * stride;
+        const T g_alpha_n = sum(dot(du_hat, w, D)) * chain.step.inv_n[i];
+        const T dp = sum(V::load(sums.dp + i * V::lanes)) + g_alpha_n * chain.step.dm[i];
+        const T alpha = chain.step.alpha[i], twice = T(2) * g_alpha_n;
+        T* dw = static_cast<T*>(args.dw) + k * D;
+        T* du = static_cast<T*>(args.du) + k * D;
+        for (int64_t d = 0; d < D; ++d) {
+          // (2 g_alpha / n) (alpha w): alpha / n alone overflows for small w
+          dw[d] = direct[d] + alpha * du_hat[d] + dp * u[d] - twice * (alpha * w[d]);
+          du[d] = du_hat[d] + dp * w[d];
+        }
+        static_cast<T*>(args.db)[k] = sum(V::load(sums.db + i * V::lanes));
+      }
+    }
+  });
+}
+
+template <class T>
+struct SumsScratch;
+
+// The batch is cut into chunks whose number depends on sizes only; their sums are added in order,
+// so that gradients do not depend on the number of threads.
+template <class T>
+void backward(const PlanarFlowArgs& args) {
+  using Memory = Scratch<PlanarChain<T>>;
+  Memory memory(PlanarChain<T>::bytes(args));
+  const PlanarChain<T> chain(args, memory, true);
+  constexpr int64_t width = kTileRows<T>, max_chunks = 64, max_bytes = int64_t(64) << 20;
+  const int64_t size = args.param_grads ? Sums<T>::size(chain) : 0;
+  const int64_t wanted = kThreadCycles / row_cycles<T>(args, 4) + 1;
+  int64_t chunks = std::min(max_chunks, (args.batch + wanted - 1) / wanted);
+  if (size) chunks = std::clamp<int64_t>(max_bytes / int64_t(size * sizeof(T)), 1, chunks);
+  const int64_t tiles = (args.batch + width - 1) / width;
+  const int64_t tiles_per_chunk = (tiles + chunks - 1) / chunks;
+  chunks = (tiles + tiles_per_chunk - 1) / tiles_per_chunk;
+
+  using S = Scratch<SumsScratch<T>>;
+  S scratch(S::template bytes<T>(chunks * size) +
+            2 * S::template bytes<T>(chain.steps * chain.steps));
+  T* all_sums = scratch.template take<T>(chunks * size);
+  parallel_for(chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      std::fill_n(all_sums + chunk * size, size, T(0));
+      const Sums<T> sums(all_sums + chunk * size, chain);
+      const int64_t last = std::min(tiles, (chunk + 1) * tiles_per_chunk);
+      for (int64_t tile = chunk * tiles_per_chunk; tile < last; ++tile)
+        backward_tile(args, chain, tile * width, sums);
+    }
+  });
+  if (!args.param_grads) return;
+
+  constexpr int64_t piece = 512;
+  const int64_t grain = std::max<int64_t>(1, kThreadCycles * Vec<T>::lanes / (piece * chunks * 2));
+  if (chunks > 1)
+    parallel_for((size + piece - 1) / piece, grain, [&](int64_t begin, int64_t end) {
+      const int64_t last = std::min(end * piece, size);
+      for (int64_t at = begin * piece; at < last; at += piece) {
+        const int64_t n = std::min(piece, last - at);
+        for (int64_t chunk = 1; chunk < chunks; ++chunk)
+          for (int64_t e = 0; e < n; ++e) all_sums[at + e] += all_sums[chunk * size + at + e];
+      }
+    });
+  T* lower = scratch.template take<T>(chain.steps * chain.steps);
+  T* upper = scratch.template take<T>(chain.steps * chain.steps);
+  finish(args, chain, Sums<T>(all_sums, chain), lower, upper);
+}
+
+template <class T>
+void forward(const PlanarFlowArgs& args) {
+  using Memory = Scratch<PlanarChain<T>>;
+  Memory memory(PlanarChain<T>::bytes(args));
+  const PlanarChain<T> chain(args, memory, false);
+  constexpr int64_t width = kTileRows<T>;
+  const int64_t grain = kThreadCycles / (width * row_cycles<T>(args, 2)) + 1;
+  parallel_for((args.batch + width - 1) / width, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) forward_tile(args, chain, tile * width);
+  });
+}
+
+}  // namespace
+
+void planar_flow_shared_forward_cpu(const PlanarFlowArgs& args) {
+  args.is_double ? forward<double>(args) : forward<float>(args);
+}
+
+void planar_flow_shared_backward_cpu(const PlanarFlowArgs& args) {
+  args.is_double ? backward<double>(args) : backward<float>(args);
+}
+
+}  // namespace fastflow
