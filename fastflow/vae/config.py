@@ -1,0 +1,100 @@
+"""The settings that define a run, and the checks that a settings file must pass."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+from fastflow.vae.data import NAMES
+from fastflow.vae.errors import VaeError
+
+CHOICES = {
+    "posterior": ("gaussian", "planar"),
+    "data": NAMES,
+    "constraint": ("paper", "centred"),
+    "likelihood": ("bernoulli", "gaussian"),
+    "binarise": ("none", "dynamic"),
+}
+RANGES = {
+    "latent": (1, 1 << 12),
+    "hidden": (1, 1 << 16),
+    "steps": (1, 1 << 12),
+    "batch_size": (1, 1 << 24),
+    "seed": (0, (1 << 63) - 1),
+    "epochs": (1, 1 << 24),
+    "importance_samples": (1, 1 << 20),
+}
+POSITIVE = ("lr", "variance")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides the numbers of a run, except the machine.
+
+    The defaults are the small architecture of the tutorials.
+
+    Raises:
+        VaeError: a value has the wrong type or lies outside its range.
+    """
+
+    posterior: str = "gaussian"
+    data: str = "digits"
+    latent: int = 2
+    hidden: int = 500
+    steps: int = 3
+    amortised: bool = True
+    constraint: str = "paper"
+    likelihood: str = "bernoulli"
+    variance: float = 0.1
+    binarise: str = "none"
+    batch_size: int = 100
+    lr: float = 1e-3
+    seed: int = 0
+    epochs: int = 100
+    importance_samples: int = 128
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value, expected = getattr(self, field.name), type(field.default)
+            if type(value) is not expected:  # exact: True is no number of epochs
+                raise VaeError(f"{field.name}: {value!r} must be of type {expected.__name__}")
+        for name, choices in CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                raise VaeError(f"{name}: {value!r} must be one of {', '.join(choices)}")
+        for name, (low, high) in RANGES.items():
+            if not low <= (value := getattr(self, name)) <= high:
+                raise VaeError(f"{name}: {value} must be within {low} and {high}")
+        for name in POSITIVE:
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise VaeError(f"{name}: {value} must be positive and finite")
+
+    @classmethod
+    def from_dict(cls, content: Any) -> Config:
+        """Makes the settings of a dictionary, such as `dataclasses.asdict` gives, of any origin.
+
+        Raises:
+            VaeError: it is no dictionary of all fields, or a value does not pass the checks.
+        """
+        names = {field.name for field in fields(cls)}
+        if not isinstance(content, dict) or set(content) != names:
+            raise VaeError("the settings have unknown or missing entries")
+        return cls(**content)
+
+
+def parse_json(text: str) -> Any:
+    """Parses JSON that may come from anywhere.
+
+    Raises:
+        VaeError: it is malformed, nested too deeply, or has NaN or infinite numbers.
+    """
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise VaeError(f"malformed JSON ({error})") from error
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")

@@ -1,0 +1,260 @@
+"""The command line: exit codes, one line per error, files, and runs that are interrupted."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+pytest.importorskip("safetensors")
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+from vae_files import NAMES, idx_bytes, random_images, write_images
+
+from fastflow import vae
+from fastflow.vae import cli
+from fastflow.vae.training import FILES
+
+COMMAND = [sys.executable, "-W", "ignore", "-m", "fastflow.vae"]
+TINY = ["--hidden", "8", "--epochs", "1", "--importance-samples", "4", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """The command line sets the number of threads of this process, if told to."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def images(tmp_path):
+    return write_images(tmp_path / "images")
+
+
+def call(*words):
+    """Runs a command line in this process and returns its exit code."""
+    try:
+        return cli.main([str(word) for word in words])
+    except SystemExit as end:
+        return end.code
+
+
+def train(images, out, *words):
+    data = ("--data", "mnist", "--data-root", images)
+    return call("train", *TINY, "--out", out, *data, *words)
+
+
+def complaint(capsys):
+    """The one line on stderr."""
+    error = capsys.readouterr().err
+    assert error.startswith("fastflow.vae: ") and error.count("\n") == 1, error
+    return error
+
+
+def wait_for_epochs(process, folder, count):
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        table = folder / "metrics.csv"
+        if table.is_file() and len(table.read_text().splitlines()) > count:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"the run ended or hung before epoch {count}")
+
+
+def test_killed_and_interrupted_runs_end_like_an_unbroken_one(tmp_path):
+    pytest.importorskip("sklearn")
+    settings = ["--posterior", "planar", "--epochs", "30", "--hidden", "50", "--seed", "3"]
+    settings += ["--importance-samples", "8"]
+    words = [*COMMAND, "train", *settings, "--threads", "1", "--device", "cpu", "--out"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    done = subprocess.run([*words, whole], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.count("images/s") == 30 and "test: -ELBO" in done.stdout
+    assert {path.name for path in whole.iterdir()} == set(FILES)
+
+    for count, number, code in ((3, signal.SIGKILL, -signal.SIGKILL), (9, signal.SIGINT, 130)):
+        process = subprocess.Popen([*words, broken, "--resume"], stderr=subprocess.PIPE, text=True)
+        wait_for_epochs(process, broken, count)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == code
+        if number == signal.SIGINT:
+            assert errors == "fastflow.vae: interrupted; train --resume continues a run\n"
+    assert call("train", "--out", broken, "--resume", "--device", "cpu") == 0
+    for name in ("metrics.json", "metrics.csv", "model.safetensors", "state.safetensors"):
+        assert (broken / name).read_bytes() == (whole / name).read_bytes(), name
+    assert {path.name for path in broken.iterdir()} == set(FILES)
+
+    epochs = json.loads((whole / "metrics.json").read_text())["epochs"]
+    assert epochs[-1]["train_loss"] < 0.9 * epochs[0]["train_loss"]
+    assert epochs[-1]["test_loss"] < 0.95 * epochs[0]["test_loss"]
+
+
+def test_error_in_a_process_of_its_own(tmp_path):
+    out = tmp_path / "out"
+    words = [*COMMAND, "train", "--data", "mnist", "--colour", "red", "--out", out]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stdout == "" and not out.exists()
+    assert done.stderr.startswith("fastflow.vae: error: unrecognized arguments: --colour red")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("form", [["--amortised"], ["--shared"], ["--posterior", "gaussian"]])
+def test_train_and_sample(tmp_path, images, form, capsys):
+    words = form if "--posterior" in form else ["--posterior", "planar", *form]
+    assert train(images, tmp_path / "run", *words) == 0
+    assert {path.name for path in (tmp_path / "run").iterdir()} == set(FILES)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["amortised"] == ("--shared" not in form)
+    model = tmp_path / "run" / "model.safetensors"
+    capsys.readouterr()
+    for more in ([], ["--manifold", "--grid", "3"], ["--seed", "1"]):
+        picture = tmp_path / f"{len(more)}.png"
+        assert call("sample", "--checkpoint", model, "--out", picture, *more) == 0
+        assert picture.read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "0.png").read_bytes() != (tmp_path / "2.png").read_bytes()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_same_seed_same_metrics(tmp_path, images):
+    for name in ("a", "b"):
+        assert train(images, tmp_path / name, "--posterior", "planar", "--seed", "5") == 0
+    for name in FILES:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+def test_gaussian_likelihood_dynamic_binarisation_and_more_latents(tmp_path, images):
+    assert train(images, tmp_path / "g", "--likelihood", "gaussian", "--variance", "0.2") == 0
+    assert train(images, tmp_path / "b", "--binarise", "dynamic", "--latent", "5") == 0
+    assert not (tmp_path / "b" / "posterior.png").exists()
+
+
+def test_resume_of_nothing_starts_and_of_a_finished_run_changes_nothing(tmp_path, images):
+    out = tmp_path / "run"
+    assert train(images, out, "--resume") == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert call("train", "--out", out, "--data-root", images, "--resume", "--device", "cpu") == 0
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+USAGE = {
+    "no command": ([], "required: command"),
+    "unknown command": (["frain"], "invalid choice: 'frain'"),
+    "no folder": (["train"], "required: --out"),
+    "abbreviated": (["train", "--out", "x", "--epoch", "3"], "unrecognized arguments: --epoch"),
+    "posterior": (["train", "--out", "x", "--posterior", "best"], "invalid choice: 'best'"),
+    "data": (["train", "--out", "x", "--data", "cifar"], "invalid choice: 'cifar'"),
+    "text for a number": (["train", "--out", "x", "--epochs", "ten"], "invalid int value"),
+    "both forms": (["train", "--out", "x", "--shared", "--amortised"], "not allowed with"),
+    "no epochs": (["train", "--out", "x", "--epochs", "0"], "epochs: 0 must be within"),
+    "no images": (["train", "--out", "x", "--batch-size", "0"], "batch_size: 0 must be within"),
+    "learning rate": (["train", "--out", "x", "--lr", "nan"], "lr: nan must be positive"),
+    "seed": (["train", "--out", "x", "--seed", "-1"], "seed: -1 must be within"),
+    "threads": (["train", "--out", "x", "--threads", "0"], "--threads: must be at least 1"),
+    "grid": (["sample", "--out", "x", "--checkpoint", "y", "--grid", "0"], "--grid: must be"),
+    "no checkpoint": (["sample", "--out", "x", "--checkpoint", "y"], "y: not a file"),
+}
+
+
+@pytest.mark.parametrize("fault", USAGE)
+def test_usage_errors(tmp_path, monkeypatch, capsys, fault):
+    words, message = USAGE[fault]
+    monkeypatch.chdir(tmp_path)
+    assert call(*words) == 2
+    assert message in complaint(capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_missing_device(tmp_path, capsys):
+    assert call("train", "--out", tmp_path / "x", "--device", "cuda") == 2
+    assert "finds no CUDA device" in complaint(capsys)
+    assert not (tmp_path / "x").exists()
+
+
+def test_folder_with_a_run_is_refused_and_left_alone(tmp_path, images, capsys):
+    out = tmp_path / "run"
+    assert train(images, out) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    capsys.readouterr()
+    assert train(images, out) == 2
+    assert "already holds a run; --resume continues it" in complaint(capsys)
+    assert train(images, out, "--resume", "--seed", "1") == 2
+    assert "its run has --seed 0, not --seed 1" in complaint(capsys)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_damaged_data_starts_no_run(tmp_path, images, capsys):
+    (images / NAMES["test"]).write_bytes(idx_bytes(random_images(12))[:-3])
+    assert train(images, tmp_path / "run") == 2
+    assert "promises 240 bytes of pixels, it holds only 237" in complaint(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_data_names_both_ways_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    assert train(tmp_path / "nowhere", tmp_path / "run") == 2
+    error = complaint(capsys)
+    assert "--data-root" in error and "install torchvision" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_folder_that_cannot_be_written(tmp_path, images, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert train(images, tmp_path / "file") == 2
+    assert "is not a folder" in complaint(capsys)
+    assert train(images, tmp_path / "file" / "run") == 2
+    assert "Not a directory" in complaint(capsys)
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_full_disk(tmp_path, images, monkeypatch, capsys):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fastflow.vae.files.os.fsync", full)
+    assert train(images, tmp_path / "run") == 2
+    assert "No space left on device" in complaint(capsys)
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_damaged_checkpoints_are_refused(tmp_path, images, capsys):
+    out = tmp_path / "run"
+    assert train(images, out) == 0
+    capsys.readouterr()
+    for name in ("model.safetensors", "state.safetensors"):
+        (out / name).write_bytes((out / name).read_bytes()[:-5])
+    picture = tmp_path / "grid.png"
+    assert call("sample", "--checkpoint", out / "model.safetensors", "--out", picture) == 2
+    assert "model.safetensors: damaged" in complaint(capsys)
+    assert not picture.exists()
+    assert train(images, out, "--resume") == 2
+    assert "state.safetensors: damaged" in complaint(capsys)
+    (out / "state.safetensors").unlink()
+    assert train(images, out, "--resume") == 2
+    assert "no state.safetensors to resume from" in complaint(capsys)
+
+
+def test_manifold_of_other_latent_sizes(tmp_path, images, capsys):
+    assert train(images, tmp_path / "run", "--latent", "3") == 0
+    capsys.readouterr()
+    words = ["--checkpoint", tmp_path / "run" / "model.safetensors", "--out", tmp_path / "g.png"]
+    assert call("sample", *words, "--manifold") == 2
+    assert "--manifold needs 2 latents" in complaint(capsys)
+
+
+@pytest.mark.parametrize("package", ["safetensors", "matplotlib.axes", "tqdm"])
+def test_missing_package_is_named(tmp_path, images, capsys, monkeypatch, package):
+    for name in ("training", "checkpoint", "plots"):  # forget what was imported already
+        monkeypatch.delitem(sys.modules, f"fastflow.vae.{name}", raising=False)
+        monkeypatch.delattr(vae, name, raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    assert train(images, tmp_path / "run") == 2
+    error = complaint(capsys)
+    assert package in error and "pip install 'fastflow[vae]'" in error
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,201 @@
+"""Training in this process: determinism, and a kill at every single write."""
+
+import csv
+import json
+import math
+from dataclasses import asdict
+
+import pytest
+import torch
+
+pytest.importorskip("safetensors")
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+from vae_files import write_images
+
+from fastflow.vae import Config, VaeError, checkpoint, files, load
+from fastflow.vae.training import FILES, STATE_FILE, Run, find_state
+
+CPU = torch.device("cpu")
+CONFIG = Config(
+    posterior="planar", data="mnist", hidden=8, epochs=3, batch_size=20, importance_samples=4
+)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the package may handle it."""
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny models only lose time to threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def data(tmp_path):
+    return load("mnist", write_images(tmp_path / "data"))
+
+
+def silent(line):
+    pass
+
+
+def train(folder, config, data):
+    run = Run.start(folder, config, data, CPU)
+    run.train(silent)
+    return run
+
+
+def resume(folder, settings, data):
+    state = find_state(folder, settings)
+    if state is None:
+        return train(folder, Config(**settings), data)
+    run = Run.resume(folder, state, data, CPU)
+    run.train(silent)
+    return run
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_same_seed_same_bytes(tmp_path, data):
+    train(tmp_path / "a", CONFIG, data)
+    torch.rand(7)  # the global random state plays no part
+    train(tmp_path / "b", CONFIG, data)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+    train(tmp_path / "c", Config(**asdict(CONFIG) | {"seed": 1}), data)
+    first, other = (json.loads((tmp_path / n / "metrics.json").read_text()) for n in "ac")
+    assert first["epochs"][0]["train_loss"] != other["epochs"][0]["train_loss"]
+
+
+@pytest.mark.parametrize("moment", ["before the rename", "after the rename", "half-way"])
+def test_a_kill_at_any_write_is_resumed_to_the_same_run(tmp_path, data, monkeypatch, moment):
+    settings = asdict(CONFIG) | {"binarise": "dynamic"}  # one more random stream
+    train(tmp_path / "whole", Config(**settings), data)
+    expected = contents(tmp_path / "whole")
+    write = files.write_bytes
+    writes = 0
+
+    def killed_write(path, content):
+        nonlocal writes
+        writes += 1
+        if writes == fatal:
+            if moment == "half-way":  # a killed process cannot clean up
+                path.with_name(f".{path.name}.1.tmp").write_bytes(content[: len(content) // 2])
+            elif moment == "after the rename":
+                write(path, content)
+            raise Killed
+        write(path, content)
+
+    monkeypatch.setattr(files, "write_bytes", killed_write)
+    monkeypatch.setattr(checkpoint, "write_bytes", killed_write)
+    fatal = 0
+    while True:
+        fatal, writes = fatal + 1, 0
+        folder = tmp_path / str(fatal)
+        try:
+            train(folder, Config(**settings), data)
+        except Killed:
+            writes = fatal  # no further kill
+            resume(folder, settings, data)
+            assert contents(folder) == expected, f"killed at write {fatal}"
+        else:
+            break
+    assert fatal > 3 * len(expected)  # every file of every epoch was hit
+
+
+def test_more_epochs_continue_a_finished_run(tmp_path, data):
+    train(tmp_path / "whole", CONFIG, data)
+    train(tmp_path / "parts", Config(**asdict(CONFIG) | {"epochs": 1}), data)
+    resume(tmp_path / "parts", {"epochs": 3}, data)
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+def test_files_agree(tmp_path, data):
+    run = train(tmp_path / "run", CONFIG, data)
+    test = run.finish()
+    assert {path.name for path in (tmp_path / "run").iterdir()} == set(FILES)
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["test"] == test
+    assert [record["epoch"] for record in metrics["epochs"]] == [1, 2, 3]
+    for record in metrics["epochs"]:
+        assert record["elbo"] == -record["train_loss"]
+        assert record["train_loss"] == pytest.approx(record["reconstruction"] + record["kl"])
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [{key: float(value) for key, value in row.items()} for row in rows] == metrics["epochs"]
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config.items() >= asdict(CONFIG).items()
+    for name in FILES:
+        if name.endswith(".png"):
+            assert (tmp_path / "run" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_other_latent_sizes_have_no_posterior_picture(tmp_path, data):
+    config = Config(**asdict(CONFIG) | {"latent": 3, "epochs": 1, "posterior": "gaussian"})
+    train(tmp_path / "run", config, data).finish()
+    assert {path.name for path in (tmp_path / "run").iterdir()} == set(FILES) - {"posterior.png"}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data):
+    config = Config(**asdict(CONFIG) | {"lr": 1e18})
+    with pytest.raises(VaeError, match="epoch 1: the loss is not finite"):
+        train(tmp_path / "run", config, data)
+    assert find_state(tmp_path / "run", {}).history == []
+
+
+def test_bad_images_start_no_run(tmp_path, data):
+    data.train[3, 4] = math.nan
+    with pytest.raises(VaeError, match="train images range"):
+        Run.start(tmp_path / "run", CONFIG, data, CPU)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_overwritten(tmp_path, data):
+    train(tmp_path / "run", CONFIG, data)
+    before = contents(tmp_path / "run")
+    with pytest.raises(VaeError, match="already holds a run; --resume continues it"):
+        Run.start(tmp_path / "run", CONFIG, data, CPU)
+    (tmp_path / "run" / STATE_FILE).unlink()
+    with pytest.raises(VaeError, match=r"but no state\.safetensors"):
+        find_state(tmp_path / "run", {})
+    (tmp_path / "run" / STATE_FILE).write_bytes(before[STATE_FILE])
+    assert contents(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"posterior": "gaussian"}, "--posterior planar, not --posterior gaussian"),
+        ({"seed": 4}, "--seed 0, not --seed 4"),
+        ({"batch_size": 7}, "--batch-size 20, not --batch-size 7"),
+        ({"amortised": False}, "has --amortised, not --shared"),
+        ({"epochs": 2}, "has 3 epochs already, --epochs is 2"),
+    ],
+)
+def test_other_settings_are_not_resumed(tmp_path, data, settings, message):
+    train(tmp_path / "run", CONFIG, data)
+    with pytest.raises(VaeError, match=message):
+        find_state(tmp_path / "run", settings)
+
+
+def test_other_images_are_not_resumed(tmp_path, data):
+    train(tmp_path / "run", CONFIG, data)
+    state = find_state(tmp_path / "run", {})
+    turned = data._replace(shape=(4, 5))
+    with pytest.raises(VaeError, match=r"images are \(4, 5\)"):
+        Run.resume(tmp_path / "run", state, turned, CPU)
+
+
+def test_each_epoch_is_reported_with_loss_and_rate(tmp_path, data):
+    lines = []
+    Run.start(tmp_path / "run", CONFIG, data, CPU).train(lines.append)
+    assert len(lines) == CONFIG.epochs
+    for epoch, line in enumerate(lines, start=1):
+        assert line.startswith(f"epoch {epoch}/3  loss ") and line.endswith(" images/s")
