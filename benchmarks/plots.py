@@ -1,0 +1,90 @@
+"""The picture of a benchmark run: speed-ups on a logarithmic axis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullLocator
+from runs import DIRECTIONS, RIVALS, Run
+
+matplotlib.use("Agg")
+
+COLOURS = {"eager": "#4c72b0", "compile": "#dd8452", "normflows": "#55a868", "pyro": "#8172b3"}
+MARKERS = {"eager": "o", "compile": "s", "normflows": "^", "pyro": "D"}
+
+
+def plot(run: Run, op: str, path: Path) -> None:
+    """Speed-ups of one op on a logarithmic axis: a panel per direction, a line per case."""
+    rows = [row for row in run.rows if row.op == op]
+    cases = list(dict.fromkeys(row.case for row in rows))
+    directions = [name for name in DIRECTIONS if any(row.direction == name for row in rows)]
+    figure, axes = plt.subplots(
+        1,
+        len(directions),
+        figsize=(3.4 + 2.5 * len(directions), 1.4 + 0.55 * len(cases)),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    drawn = {}
+    for axis, direction in zip(axes[0], directions):
+        for row in (row for row in rows if row.direction == direction):
+            drawn |= _draw_speedups(axis, cases.index(row.case), row.fastest["speedup_over"])
+        axis.set_title(DIRECTIONS[direction], fontsize=10)
+    _style_axes(axes[0], cases)
+    figure.supxlabel(
+        "speed-up of fastflow, quartiles of rounds (grey: fastflow is slower)", fontsize=9
+    )
+    figure.suptitle(f"{op} on {run.title}", fontsize=11)
+    handles = [drawn[rival] for rival in RIVALS if rival in drawn]
+    figure.legend(handles=handles, title="over", loc="outside right upper", frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _draw_speedups(axis: Axes, line: int, over: dict[str, dict[str, float]]) -> dict[str, Artist]:
+    """The markers of one case, above each other; returns them by rival."""
+    known = [rival for rival in RIVALS if rival in over]
+    drawn = {}
+    for place, rival in enumerate(known):
+        value = over[rival]
+        spread = [[value["median"] - value["q1"]], [value["q3"] - value["median"]]]
+        drawn[rival] = axis.errorbar(
+            value["median"],
+            line + 0.18 * (place - (len(known) - 1) / 2),
+            xerr=spread,
+            fmt=MARKERS[rival],
+            color=COLOURS[rival],
+            markersize=5.5,
+            elinewidth=1.2,
+            label=RIVALS[rival],
+        )
+    return drawn
+
+
+def _style_axes(axes: Sequence[Axes], cases: list[str]) -> None:
+    """A shared logarithmic axis that always shows 1, a band for every other case."""
+    axes[0].set_xscale("log")
+    low, high = axes[0].get_xlim()
+    low, high = min(low, 0.8), max(high, 1.25)
+    steps = (1, 2, 5) if high / low < 300 else (1,)
+    for axis in axes:
+        axis.set_xlim(low, high)
+        axis.set_ylim(len(cases) - 0.5, -0.5)
+        axis.set_yticks(range(len(cases)), cases)
+        axis.axvspan(low, 1, color="0.9", zorder=0)
+        axis.axvline(1, color="0.25", linewidth=1)
+        for line in range(1, len(cases)):
+            axis.axhline(line - 0.5, color="0.8", linewidth=0.6)
+        axis.xaxis.set_major_locator(LogLocator(subs=steps))
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.grid(axis="x", color="0.85", linewidth=0.6)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)

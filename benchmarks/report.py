@@ -1,0 +1,173 @@
+"""Turn pytest-benchmark's JSON into a table, a plot and the README's section.
+
+python benchmarks/report.py JSON [JSON ...] --out DIR [--readme README.md]
+
+Every figure is a speed-up: the rival's time over that of fastflow's fastest backend, the median of
+interleaved rounds. Cases in which fastflow is slower stay in, marked. Seconds are shown for GPUs
+only: those of a CPU say more about the machine than about the code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from plots import plot
+from runs import DIRECTIONS, RIVALS, ReportError, Run, load
+from tabulate import tabulate
+
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+SLOWER = "▼"
+LEGEND = (
+    "Speed-up: the other's time over that of fastflow's fastest backend, the median of rounds in "
+    f"which they take turns. Below 1 fastflow is slower: **bold**, {SLOWER}. "
+    "PyTorch: the same chain in plain PyTorch, vectorised; for the inverse, which no peer has, "
+    "Newton's method in plain PyTorch. Forward: without gradients. Of copy: the bytes that must be "
+    "moved at least, per second, in proportion to a plain copy in the same run; for cases larger "
+    "than the caches."
+)
+
+
+def figure(value: float) -> str:
+    """At most three digits that count: 1230, 45.6, 7.89, 0.79, 0.0068."""
+    if value < 0.1:
+        return f"{value:.2g}"
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def speedup(entry: dict, rival: str) -> str:
+    """A cell of the table."""
+    if rival not in entry["speedup_over"]:
+        return "–"
+    value = entry["speedup_over"][rival]["median"]
+    return f"{figure(value)}x" if value >= 1 else f"**{figure(value)}x** {SLOWER}"
+
+
+def duration(seconds: float) -> str:
+    """In microseconds or milliseconds."""
+    return f"{figure(seconds * 1e6)} µs" if seconds < 1e-3 else f"{figure(seconds * 1e3)} ms"
+
+
+def summary(run: Run) -> str:
+    """The table of a run: a line per case and direction, fastflow's fastest against the rest."""
+    shown = [rival for rival in RIVALS if any(rival in row.contenders for row in run.rows)]
+    copied = any(row.fastest["share_of_copy"] is not None for row in run.rows)
+    lines = []
+    for row in run.rows:
+        best = row.fastest
+        line = {
+            "case": row.case,
+            "direction": DIRECTIONS[row.direction],
+            "backend": best["backend"],
+        }
+        line |= {RIVALS[rival]: speedup(best, rival) for rival in shown}
+        if copied:
+            share = best["share_of_copy"]
+            line["of copy"] = "–" if share is None else f"{100 * share:.0f}%"
+        if run.on_gpu:
+            line["time"] = duration(best["median_seconds"])
+        lines.append(line)
+    return table(lines)
+
+
+def details(run: Run) -> str:
+    """Every contender: what the summary leaves out, and the errors that the gate measured."""
+    lines = []
+    for row in run.rows:
+        for name, entry in row.contenders.items():
+            line = {"case": row.case, "direction": DIRECTIONS[row.direction], "contender": name}
+            line["over PyTorch"] = speedup(entry, "eager") if name != "eager" else "1"
+            spread = entry["speedup_over"].get("eager")
+            line["quartiles"] = (
+                f"{figure(spread['q1'])} – {figure(spread['q3'])}" if spread else "–"
+            )
+            line["largest error"] = f"{max(entry['errors'].values()):.1e}"
+            if run.on_gpu:
+                line["time"] = duration(entry["median_seconds"])
+                line["GB/s"] = figure(entry["gbps"])
+            lines.append(line)
+    return table(lines)
+
+
+def table(lines: list[dict]) -> str:
+    return tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True)
+
+
+def versions(run: Run) -> str:
+    """What was measured, and whether the machine was quiet."""
+    names = ("fastflow", "triton", "cuda", "python", "normflows", "pyro-ppl")
+    known = [f"{name} {run.facts[name]}" for name in names if run.facts.get(name)]
+    line = ", ".join(known) + "."
+    load, cores = run.facts["load"], run.facts["cores"]
+    if load > cores / 4:
+        line += f" The machine was busy when this began (load {load:.1f} on {cores} cores)."
+    return line
+
+
+def section(run: Run, pictures: list[Path], base: Path) -> str:
+    """Heading, pictures and table of a run; pictures are linked relative to a folder."""
+    links = [f"![Speed-up of fastflow]({os.path.relpath(picture, base)})" for picture in pictures]
+    return "\n\n".join([f"### {run.title}", *links, summary(run), versions(run)])
+
+
+def replace_between_marks(text: str, new: str) -> str:
+    """The text with what stands between the two marks replaced.
+
+    Raises:
+        ReportError: a mark is missing or they are in the wrong order.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ReportError(f"the README has no {BEGIN} followed by {END}")
+    return f"{before}{BEGIN}\n{new.strip()}\n{END}{after}"
+
+
+def write(runs: list[Run], out: Path, readme: Path | None) -> list[Path]:
+    """Writes the report; returns the files."""
+    out.mkdir(parents=True, exist_ok=True)
+    pictures: dict[str, list[Path]] = {}
+    for run in runs:
+        for op in dict.fromkeys(row.op for row in run.rows):
+            picture = out / f"{op}-{run.name}.png"
+            plot(run, op, picture)
+            pictures.setdefault(run.name, []).append(picture)
+    parts = ["# Benchmarks", LEGEND]
+    for run in runs:
+        parts += [section(run, pictures[run.name], out), "#### All contenders", details(run)]
+    page = out / "report.md"
+    page.write_text("\n\n".join(parts) + "\n")
+    written = [page, *(picture for few in pictures.values() for picture in few)]
+    if readme is not None:
+        try:
+            text = readme.read_text()
+        except OSError as failure:
+            raise ReportError(f"{readme}: {failure.strerror}") from None
+        sections = [section(run, pictures[run.name], readme.parent) for run in runs]
+        readme.write_text(replace_between_marks(text, "\n\n".join([*sections, LEGEND])))
+        written.append(readme)
+    return written
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("json", nargs="+", type=Path, help="files of pytest --benchmark-json")
+    parser.add_argument("--out", required=True, type=Path, help="folder for table and plots")
+    parser.add_argument("--readme", type=Path, help="file whose benchmark section is replaced")
+    options = parser.parse_args(arguments)
+    try:
+        runs = [load(path) for path in options.json]
+        if len({run.name for run in runs}) < len(runs):
+            raise ReportError("two of the JSON files have the same name: plots would overwrite")
+        for path in write(runs, options.out, options.readme):
+            print(path)
+    except ReportError as problem:
+        print(f"report: {problem}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

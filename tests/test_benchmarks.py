@@ -1,0 +1,318 @@
+"""The benchmarks' own laws: a wrong answer is never timed, the report says what was measured."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+for library in ("matplotlib", "tabulate", "pytest_benchmark"):
+    pytest.importorskip(library)
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import gate  # noqa: E402
+import measure  # noqa: E402
+import peers  # noqa: E402
+import report  # noqa: E402
+from bench_planar_flow import SHORT, SMOKE, Case, exact_results  # noqa: E402
+from comparison import Settings, compare, results  # noqa: E402
+
+CPU = torch.device("cpu")
+NAMES = ("z_K", "ladj")
+SHARED, AMORTISED = Case(50, 3, 4), Case(50, 3, 4, amortised=True)
+
+
+def cotangents(inputs):
+    torch.manual_seed(1)
+    return torch.randn_like(inputs[0]), torch.randn_like(inputs[0][:, 0])
+
+
+def compare_with_eager(function, direction="forward_backward", timed=False):
+    inputs = SHARED.inputs(CPU)
+    given = cotangents(inputs)
+    return compare(
+        {
+            "eager": lambda: peers.of_function(peers.eager_planar, inputs),
+            "candidate": lambda: peers.of_function(function, inputs),
+        },
+        {},
+        direction,
+        NAMES,
+        given,
+        exact_results(inputs, direction, NAMES, given),
+        SHARED.K,
+        Settings(CPU, "smoke"),
+        timed=timed,
+    )
+
+
+def drops_a_step(z, w, u, b):
+    return peers.eager_planar(z, w[:-1], u[:-1], b[:-1])
+
+
+def adds_an_eps_to_the_log(z, w, u, b):
+    z_K, ladj = peers.eager_planar(z, w, u, b)
+    return z_K, ladj + 1e-3
+
+
+def rounds_to_tf32(z, w, u, b):
+    def truncated(x):
+        bits = x.detach().view(torch.int32)  # 13 bits of the mantissa go
+        return x + (bits.bitwise_and(-(2**13)).view(x.dtype) - x).detach()
+
+    return peers.eager_planar(truncated(z), truncated(w), u, b)
+
+
+def drops_a_gradient(z, w, u, b):
+    return peers.eager_planar(z, w, u, b.detach() + 0 * b)
+
+
+def returns_nan_in_one_row(z, w, u, b):
+    z_K, ladj = peers.eager_planar(z, w, u, b)
+    return z_K, ladj + torch.where(torch.arange(len(z)) == 7, torch.nan, 0.0)
+
+
+def forgets_a_dimension(z, w, u, b):
+    z_K, ladj = peers.eager_planar(z, w, u, b)
+    return z_K, ladj.unsqueeze(-1)
+
+
+class TestGate:
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            drops_a_step,
+            adds_an_eps_to_the_log,
+            rounds_to_tf32,
+            drops_a_gradient,
+            returns_nan_in_one_row,
+        ],
+    )
+    def test_refuses_a_wrong_answer_and_does_not_time_it(self, wrong):
+        outcome = compare_with_eager(wrong, timed=True)
+        assert "no time is reported" in outcome.refused["candidate"]
+        assert list(outcome.times) == ["eager"]
+
+    def test_refuses_another_shape_or_set_of_results(self):
+        outcome = compare_with_eager(forgets_a_dimension, direction="forward")
+        assert "ladj has shape (50, 1), must be (50,)" in outcome.refused["candidate"]
+        one = {"ladj": torch.zeros(3)}
+        with pytest.raises(gate.Disagreement, match="returned"):
+            gate.check("candidate", {}, one, one, 1)
+
+    @pytest.mark.parametrize("direction", ["forward", "backward", "forward_backward"])
+    def test_times_a_right_answer(self, direction):
+        outcome = compare_with_eager(peers.eager_planar, direction, timed=True)
+        assert not outcome.refused
+        rounds = {name: len(times) for name, times in outcome.times.items()}
+        assert rounds["eager"] == rounds["candidate"] >= 3
+        speedup = outcome.speedups("candidate")["eager"]
+        assert speedup["q1"] <= speedup["median"] <= speedup["q3"]
+
+
+class TestMeasure:
+    def test_setup_is_not_timed(self):
+        effort = measure.Effort(seconds=0.05, slice=1e-4, min_rounds=3, max_rounds=3)
+        tasks = {"a": measure.Task(lambda _: None, setup=lambda: time.sleep(0.01))}
+        times = measure.interleave(tasks, CPU, effort)
+        assert len(times["a"]) == 3 and max(times["a"]) < 0.005
+
+    def test_ratio_pairs_the_rounds(self):
+        slow_then_fast = [4.0, 40.0, 400.0], [1.0, 10.0, 100.0]
+        assert measure.ratio(*slow_then_fast) == {"median": 4.0, "q1": 4.0, "q3": 4.0}
+
+    def test_recorded_clock_yields_the_recorded_durations(self):
+        clock, durations = measure.RecordedClock(), [0.5, 0.25, 1.0]
+        advance, seen = clock.player(durations), []
+        for _ in durations:
+            start = clock.now()
+            advance()
+            seen.append(clock.now() - start)
+        assert seen == durations
+
+
+class TestPeers:
+    @pytest.mark.parametrize("case", [SHARED, AMORTISED], ids=str)
+    def test_newton_inverts_the_chain(self, case):
+        inputs = [tensor.double() for tensor in case.inputs(CPU)]
+        z_K, ladj = peers.eager_planar(*inputs)
+        z, back = peers.eager_planar_inverse_exact(z_K, *inputs[1:])
+        torch.testing.assert_close(z, inputs[0])
+        torch.testing.assert_close(back, -ladj)
+
+    def test_newton_converges_in_the_steps_it_is_given(self):
+        for case in {*SHORT, *SMOKE}:
+            z, *parameters = case.inputs(CPU)
+            z_K, _ = peers.eager_planar(z, *parameters)
+            torch.testing.assert_close(
+                peers.eager_planar_inverse(z_K, *parameters),
+                peers.eager_planar_inverse(z_K, *parameters, newton_steps=12),
+            )
+
+    @pytest.mark.parametrize(
+        ("library", "build", "case"),
+        [
+            ("normflows", peers.normflows_planar, SHARED),
+            ("pyro", peers.pyro_planar, SHARED),
+            ("pyro", peers.pyro_planar, AMORTISED),
+        ],
+    )
+    def test_peers_pass_the_gate(self, library, build, case):
+        pytest.importorskip(library)
+        inputs = case.inputs(CPU)
+        given = cotangents(inputs)
+        everything = "forward_backward", NAMES, given
+        plain = results(peers.of_function(peers.eager_planar, inputs), *everything)
+        values = results(build(inputs), *everything)
+        gate.check(library, values, plain, exact_results(inputs, *everything), case.K)
+
+    def test_pyro_does_not_answer_from_its_cache(self):
+        pytest.importorskip("pyro")
+        chain = peers.pyro_planar(SHARED.inputs(CPU))
+        with torch.no_grad():
+            before, _ = chain.run()
+            chain.leaves[1].mul_(2)  # w of the first layer
+            after, _ = chain.run()
+        assert not torch.equal(before, after)
+
+
+def entry(contender, direction="forward", device="cpu", seconds=1e-3, over=None, share=None):
+    facts = {"device": device, "device_name": "Some Chip", "threads": 2, "cores": 2, "load": 0.1}
+    facts |= {"torch": "2.11.0", "python": "3.12.0", "fastflow": "0.1.0"}
+    own = {
+        "op": "planar_flow",
+        "case": "shared-B100-D2-K3",
+        "direction": direction,
+        "contender": contender,
+        "backend": contender.removeprefix("fastflow-") if "fastflow" in contender else None,
+        "median_seconds": seconds,
+        "speedup_over": {
+            rival: {"median": value, "q1": 0.9 * value, "q3": 1.1 * value}
+            for rival, value in (over or {}).items()
+        },
+        "errors": {"z_K": 1e-7, "ladj": 2e-7},
+        "gbps": 1.0,
+        "share_of_copy": share,
+    }
+    return {"name": contender, "extra_info": facts | own}
+
+
+@pytest.fixture
+def write_json(tmp_path):
+    def write(*entries, name="cpu.json"):
+        path = tmp_path / name
+        path.write_text(json.dumps({"benchmarks": list(entries)}))
+        return path
+
+    return write
+
+
+class TestReport:
+    def test_takes_the_fastest_backend_and_marks_where_it_is_slower(self, write_json):
+        path = write_json(
+            entry("fastflow-cpp", seconds=1e-3, over={"eager": 12.34, "compile": 0.8}),
+            entry("fastflow-reference", seconds=5e-3, over={"eager": 2.0, "compile": 0.1}),
+            entry("eager", seconds=12.34e-3),
+            entry("compile", seconds=0.8e-3),
+        )
+        lines = report.summary(report.load(path)).splitlines()
+        assert len(lines) == 3
+        assert "| cpp " in lines[2] and "| 12.3x " in lines[2] and "| **0.80x** ▼ " in lines[2]
+        assert "normflows" not in lines[0]
+
+    def test_shows_seconds_for_gpus_only(self, write_json):
+        for device, shown in (("cpu", False), ("cuda", True)):
+            own = entry(
+                "fastflow-cpp", device=device, seconds=42e-6, over={"eager": 2.0}, share=0.5
+            )
+            run = report.load(write_json(own, entry("eager", device=device)))
+            assert ("42.0 µs" in report.summary(run)) == shown
+            assert "| 50% " in report.summary(run)
+
+    def test_says_that_the_machine_was_busy(self, write_json):
+        own = entry("fastflow-cpp", over={"eager": 2.0})
+        assert "busy" not in report.versions(report.load(write_json(own)))
+        own["extra_info"]["load"] = 2.0
+        assert "busy" in report.versions(report.load(write_json(own)))
+
+    def test_writes_page_picture_and_readme(self, write_json, tmp_path):
+        path = write_json(entry("fastflow-cpp", over={"eager": 2.0}), entry("eager"))
+        readme = tmp_path / "README.md"
+        readme.write_text(f"before\n{report.BEGIN}\nstale\n{report.END}\nafter\n")
+        out = tmp_path / "results"
+        assert report.main([str(path), "--out", str(out), "--readme", str(readme)]) == 0
+        assert (out / "planar_flow-cpu.png").read_bytes().startswith(b"\x89PNG")
+        assert "Some Chip, 2 threads, PyTorch 2.11.0" in (out / "report.md").read_text()
+        text = readme.read_text()
+        assert text.startswith("before\n") and text.endswith(f"{report.END}\nafter\n")
+        assert "(results/planar_flow-cpu.png)" in text and "stale" not in text
+        report.main([str(path), "--out", str(out), "--readme", str(readme)])
+        assert readme.read_text() == text
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [("{", "not a JSON file"), ("{}", "no fastflow benchmarks"), (None, "No such file")],
+    )
+    def test_refuses_other_files_in_one_line(self, content, message, tmp_path, capsys):
+        path = tmp_path / "some.json"
+        if content is not None:
+            path.write_text(content)
+        assert report.main([str(path), "--out", str(tmp_path)]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+
+    def test_leaves_a_readme_without_marks_alone(self, write_json, tmp_path):
+        path = write_json(entry("fastflow-cpp", over={"eager": 2.0}))
+        readme = tmp_path / "README.md"
+        readme.write_text(f"{report.END} {report.BEGIN}")
+        assert report.main([str(path), "--out", str(tmp_path), "--readme", str(readme)]) == 2
+        assert readme.read_text() == f"{report.END} {report.BEGIN}"
+
+
+SABOTAGE = """
+from fastflow.reference import planar_flow as reference
+
+right = reference.planar_flow_forward
+
+def wrong(*arguments):
+    z_K, ladj, a = right(*arguments)
+    return z_K, ladj + 1e-3, a
+
+reference.planar_flow_forward = wrong
+"""
+
+
+@pytest.mark.parametrize("sabotaged", [False, True])
+def test_a_whole_run_reports_right_backends_only(sabotaged, tmp_path):
+    (tmp_path / "sabotage.py").write_text(SABOTAGE if sabotaged else "")
+    path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    # without a compiler torch.compile is left out: that is tested here too, and saves its time
+    no_compiler = {
+        "CXX": str(tmp_path / "none"),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+    }
+    numbers = tmp_path / "numbers.json"
+    start = "import sys, pytest; del sys.path[0]; sys.exit(pytest.console_main())"
+    options = ["--bench-grid=smoke", "--bench-device=cpu", f"--benchmark-json={numbers}"]
+    options += ["-p", "sabotage", "-p", "no:cacheprovider", "-rs"]
+    run = subprocess.run(
+        [sys.executable, "-c", start, str(ROOT / "benchmarks"), "--benchmark-only", *options]
+        + ["-k", "B100 and forward and not backward"],
+        cwd=ROOT,
+        env={**os.environ, **no_compiler, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == int(sabotaged), run.stdout + run.stderr
+    assert "torch.compile cannot build here" in run.stdout
+    measured = {b["extra_info"]["contender"] for b in json.loads(numbers.read_text())["benchmarks"]}
+    assert "eager" in measured
+    assert ("fastflow-reference" in measured) != sabotaged
+    assert ("fastflow-reference: ladj is off by" in run.stdout) == sabotaged
