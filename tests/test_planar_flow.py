@@ -40,7 +40,7 @@ def test_forward_and_gradients(
     exact = problem(target.rows, features, steps, shared)
     leaves = [leaf.detach().to(target.device, dtype).requires_grad_() for leaf in exact]
     exact = [leaf.detach().cpu().double().requires_grad_() for leaf in leaves]
-    plain = [leaf.detach().to(dtype).requires_grad_() for leaf in exact]
+    plain = [leaf.detach().float().requires_grad_() for leaf in exact]
 
     def oracle(*args: Tensor) -> tuple[Tensor, Tensor]:
         return planar_chain(*args, constraint)

@@ -86,7 +86,7 @@ class Inverse(Bijection):
         >>> flow = PlanarFlow(3, steps=4)
         >>> y, ladj = flow(torch.ones(1, 3))
         >>> x, back = Inverse(flow)(y)
-        >>> torch.allclose(x, torch.ones(1, 3)), torch.allclose(ladj, -back)
+        >>> torch.allclose(x, torch.ones(1, 3), atol=1e-5), torch.allclose(ladj, -back, atol=1e-5)
         (True, True)
     """
 

@@ -77,7 +77,7 @@ class PlanarFlow(Bijection):
 class ConditionalPlanarFlow(Bijection):
     r"""A chain of K planar steps whose parameters a network makes of the context.
 
-    .. math:: (w, u, b) = \mathrm{net}(c), \qquad w, u \in \mathbb R^{K \times D},\ b \in \mathbb R^K
+    .. math:: (w_k, u_k, b_k)_{k=1}^{K} = \mathrm{net}(c), \qquad w_k, u_k \in \mathbb R^D
 
     The network is a multilayer perceptron (ELU) whose last layer starts small around a draw of w:
     the chain starts near the identity for every context, each step along another direction.

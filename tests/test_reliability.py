@@ -1,0 +1,198 @@
+"""What a training job does to a library: forks, several processes, hostile arguments."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import multiprocessing
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import Target
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader, Dataset
+
+import fastflow
+from fastflow.functional import planar_flow, planar_flow_inverse
+
+
+class FlowedPoints(Dataset):
+    """A data set whose workers run a flow in a forked process."""
+
+    def __init__(self) -> None:
+        self.flow = fastflow.PlanarFlow(16, steps=8).requires_grad_(False)
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.flow(torch.full((4096, 16), float(index)))[0]
+
+
+@pytest.mark.timeout(120)
+def test_data_loader_workers_run_flows_after_the_parent_did() -> None:
+    """A thread pool of the parent does not exist in a forked child; waiting for it would hang."""
+    data = FlowedPoints()
+    want = [data[index] for index in range(len(data))]
+    loader = DataLoader(data, batch_size=None, num_workers=2, multiprocessing_context="fork")
+    for got, expected in zip(loader, want):
+        assert torch.equal(got, expected)
+
+
+def _train_distributed(rank: int, port: int, queue: multiprocessing.Queue) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+    )
+    torch.manual_seed(0)
+    flow = fastflow.Flow(fastflow.Inverse(fastflow.PlanarFlow(2, steps=4)))
+    model = torch.nn.parallel.DistributedDataParallel(LogProb(flow))
+    data = torch.randn(64, 2)
+    model(data[rank::2]).mean().backward()
+    queue.put((rank, [p.grad.numpy() for p in flow.parameters()]))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+class LogProb(torch.nn.Module):
+    """A flow whose forward is its log-density, as DistributedDataParallel wants it."""
+
+    def __init__(self, flow: fastflow.Flow) -> None:
+        super().__init__()
+        self.flow = flow
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.flow.log_prob(x)
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+def test_distributed_gradients_equal_those_of_one_process() -> None:
+    context = multiprocessing.get_context("spawn")
+    queue, port = context.Queue(), 29_400 + torch.randint(500, ()).item()
+    workers = [
+        context.Process(target=_train_distributed, args=(rank, port, queue)) for rank in range(2)
+    ]
+    for worker in workers:
+        worker.start()
+    results = dict(queue.get(timeout=150) for _ in workers)
+    for worker in workers:
+        worker.join(timeout=30)
+        assert worker.exitcode == 0
+
+    torch.manual_seed(0)
+    flow = fastflow.Flow(fastflow.Inverse(fastflow.PlanarFlow(2, steps=4)))
+    flow.log_prob(torch.randn(64, 2)).mean().backward()
+    for parameter, one, other in zip(flow.parameters(), results[0], results[1]):
+        torch.testing.assert_close(torch.from_numpy(one), parameter.grad, rtol=1e-5, atol=1e-6)
+        assert (one == other).all()
+
+
+shapes = st.lists(st.integers(0, 4), min_size=0, max_size=4)
+dtypes = st.sampled_from(
+    [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool]
+)
+tensors = st.builds(lambda shape, dtype: torch.ones(shape).to(dtype), shapes, dtypes)
+anything = st.one_of(tensors, st.none(), st.floats(), st.text(max_size=3))
+
+
+@settings(max_examples=2_000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    st.sampled_from([planar_flow, planar_flow_inverse]),
+    st.one_of(st.tuples(*[tensors] * 4), st.tuples(*[anything] * 4)),
+    st.sampled_from(["paper", "centred", "no such", None]),
+)
+def test_any_arguments_give_a_result_or_a_clear_error(
+    op: object, arguments: tuple, constraint: str
+) -> None:
+    try:
+        out, ladj = op(*arguments, constraint)
+    except (TypeError, ValueError) as error:
+        assert str(error).startswith(op.__name__)
+    else:
+        assert out.shape[:-1] == ladj.shape and out.shape[-1] == arguments[0].shape[-1]
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    rows=st.integers(1, 40),
+    features=st.integers(1, 40),
+    steps=st.integers(1, 20),
+    shared=st.booleans(),
+    double=st.booleans(),
+)
+def test_any_sizes_agree_with_the_reference(
+    rows: int, features: int, steps: int, shared: bool, double: bool
+) -> None:
+    batch = () if shared else (rows,)
+    dtype = torch.float64 if double else torch.float32
+    z, w, u = (
+        torch.randn(*shape, features, dtype=dtype) / features**0.5
+        for shape in ((rows,), (*batch, steps), (*batch, steps))
+    )
+    leaves = [t.requires_grad_() for t in (z, w, u, torch.randn(*batch, steps, dtype=dtype))]
+    results = []
+    for backend in ("reference", fastflow.backends.available("cpu")[0]):
+        with fastflow.use_backend(backend):
+            out, ladj = planar_flow(*leaves)
+            grads = torch.autograd.grad(out.sin().sum() + ladj.sum(), leaves)
+            back, _ = planar_flow_inverse(out.detach(), *leaves[1:])
+            results.append([out, ladj, *grads, back])
+    tolerance = 1e-9 if double else 2e-3
+    for one, other in zip(*results):
+        scale = 1 + float(one.detach().abs().max())
+        assert (one - other).abs().max() <= tolerance * scale
+
+
+def modules() -> list[str]:
+    """The modules of the package whose docstrings may hold examples."""
+    found = pkgutil.walk_packages(fastflow.__path__, "fastflow.")
+    # the native libraries are no Python modules, whatever their suffix says
+    skipped = ("fastflow._", "fastflow.kernels", "fastflow.vae.__main__")
+    return [module.name for module in found if not module.name.startswith(skipped)]
+
+
+@pytest.mark.parametrize("name", modules())
+def test_examples_in_docstrings(name: str) -> None:
+    module = importlib.import_module(name)
+    names = {**vars(fastflow), **vars(fastflow.functional), "torch": torch}
+    result = doctest.testmod(module, extraglobs=names)
+    assert result.failed == 0
+
+
+def test_import_is_quick_and_asks_no_device() -> None:
+    """Measured against torch itself, which takes most of the time, in one fresh process."""
+    script = """
+import time, torch
+def refuse(*args): raise SystemExit("import fastflow asked for a device")
+torch.cuda.is_available = torch.cuda.device_count = torch.cuda._lazy_init = refuse
+start = time.process_time()
+import fastflow
+print(time.process_time() - start)
+import sys
+print([name for name in sys.modules if name.split(".")[0] in ("triton", "matplotlib", "sklearn")])
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    seconds, heavy = run.stdout.splitlines()
+    assert float(seconds) < 1
+    assert heavy == "[]"
+
+
+def test_memory_saved_for_backward(target: Target) -> None:
+    """The input, the output, K numbers a row, and the parameters: O(B (D + K)), not O(B D K)."""
+    B, D, K = 64, 16, 32
+    saved: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    z = torch.randn(B, D, device=target.device, requires_grad=True)
+    flow = fastflow.PlanarFlow(D, steps=K).to(target.device)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        flow(z)
+    parameters = sum(p.numel() for p in flow.parameters())
+    assert sum(saved.values()) <= B * (2 * D + K) + parameters
