@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -95,8 +97,10 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     if constraint not in CONSTRAINTS:
         raise ValueError(f"{name}: constraint is {constraint!r}, must be one of {CONSTRAINTS}")
-    check_tensors(name, **{"z_K" if inverse else "z": z}, w=w, u=u, b=b)
-    _check_shapes(name, "z_K" if inverse else "z", z, w, u, b)
+    z_name = "z_K" if inverse else "z"
+    check_tensors(name, **{z_name: z}, w=w, u=u, b=b)
+    shapes = {z_name: z.shape, "w": w.shape, "u": u.shape, "b": b.shape}
+    _check_shapes(name, **shapes)
 
     dtype = z.dtype
     if not dtype == w.dtype == u.dtype == b.dtype or dtype.itemsize < 4:
@@ -105,11 +109,7 @@ def _run(
         compute = torch.promote_types(dtype, torch.float32)
         z, w, u, b = (tensor.to(compute) for tensor in (z, w, u, b))
 
-    batch, features = z.shape[:-1], z.shape[-1]
-    if w.dim() != 2 or u.dim() != 2 or b.dim() != 1:
-        z, w, u, b, batch = _amortised_rows(name, z, w, u, b)
-    elif len(batch) != 1:
-        z = z.reshape(-1, features)
+    z, w, u, b, batch = _rows(name, z, w, u, b, shapes)
     out, ladj = apply_chain(
         z.contiguous(),
         w.contiguous(),
@@ -119,42 +119,50 @@ def _run(
         inverse,
     )
     if len(batch) != 1:
-        out, ladj = out.reshape(*batch, features), ladj.reshape(batch)
+        out, ladj = out.view(*batch, out.shape[-1]), ladj.view(batch)
     return (out if out.dtype == dtype else out.to(dtype)), ladj
 
 
-def _amortised_rows(
-    name: str, z: Tensor, w: Tensor, u: Tensor, b: Tensor
+def _rows(
+    name: str, z: Tensor, w: Tensor, u: Tensor, b: Tensor, shapes: dict[str, torch.Size]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, torch.Size]:
-    """Everything broadcast to one batch and flattened to rows: (B, D), (B, K, D) twice, (B, K)."""
-    batches = {"z": z.shape[:-1], "w": w.shape[:-2], "u": u.shape[:-2], "b": b.shape[:-1]}
+    """The op's arguments with at most one batch dimension, and the batch shape of its outputs.
+
+    z becomes (B, D). Shared parameters stay as they are; amortised ones are broadcast to the batch,
+    w, u (B, K, D) and b (B, K).
+    """
+    of_z, of_w, of_u, of_b = shapes.values()
+    *z_batch, features = of_z
+    if len(of_w) == len(of_u) == 2 and len(of_b) == 1:
+        if len(z_batch) != 1:
+            z = z.reshape(math.prod(z_batch), features)
+        return z, w, u, b, of_z[:-1]
+    if len(z_batch) == 1 and of_w[:-2] == of_u[:-2] == of_b[:-1] == of_z[:-1]:
+        return z, w, u, b, of_z[:-1]
     try:
-        batch = torch.broadcast_shapes(*batches.values())
+        batch = torch.broadcast_shapes(of_z[:-1], of_w[:-2], of_u[:-2], of_b[:-1])
     except RuntimeError:
-        shown = ", ".join(f"{key} {tuple(shape)}" for key, shape in batches.items())
-        raise ValueError(f"{name}: the batch shapes do not broadcast: {shown}") from None
-    rows, (steps, features) = batch.numel(), w.shape[-2:]
+        shown = ", ".join(f"{key} {tuple(shape)}" for key, shape in shapes.items())
+        raise ValueError(f"{name}: the batches of these shapes do not broadcast: {shown}") from None
+    rows, (steps, features) = batch.numel(), of_w[-2:]
     z = z.expand(*batch, features).reshape(rows, features)
     w, u = (t.expand(*batch, steps, features).reshape(rows, steps, features) for t in (w, u))
     return z, w, u, b.expand(*batch, steps).reshape(rows, steps), batch
 
 
-def _check_shapes(name: str, z_name: str, z: Tensor, w: Tensor, u: Tensor, b: Tensor) -> None:
-    if not z.dim() or not z.shape[-1]:
-        raise ValueError(
-            f"{name}: {z_name} has shape {tuple(z.shape)}, must be (*batch, D), D >= 1"
-        )
-    for key, tensor, tail, form in (("w", w, 2, "K, D"), ("u", u, 2, "K, D"), ("b", b, 1, "K")):
-        if tensor.dim() < tail:
+def _check_shapes(name: str, **shapes: torch.Size) -> None:
+    (z_name, z), (_, w), (_, u), (_, b) = shapes.items()
+    if not z or not z[-1]:
+        raise ValueError(f"{name}: {z_name} has shape {tuple(z)}, must be (*batch, D), D >= 1")
+    for key, rank, form in (("w", 2, "K, D"), ("u", 2, "K, D"), ("b", 1, "K")):
+        if len(shapes[key]) < rank:
             raise ValueError(
-                f"{name}: {key} has shape {tuple(tensor.shape)}, "
+                f"{name}: {key} has shape {tuple(shapes[key])}, "
                 f"must be ({form}) or (*batch, {form})"
             )
-    if w.shape[-1] != z.shape[-1]:
-        raise ValueError(f"{name}: w has {w.shape[-1]} features, {z_name} has {z.shape[-1]}")
-    if u.shape[-1] != z.shape[-1]:
-        raise ValueError(f"{name}: u has {u.shape[-1]} features, {z_name} has {z.shape[-1]}")
-    if u.shape[-2] != w.shape[-2]:
-        raise ValueError(f"{name}: u has {u.shape[-2]} steps, w has {w.shape[-2]}")
-    if b.shape[-1] != w.shape[-2]:
-        raise ValueError(f"{name}: b has {b.shape[-1]} steps, w has {w.shape[-2]}")
+    for key, shape in (("w", w), ("u", u)):
+        if shape[-1] != z[-1]:
+            raise ValueError(f"{name}: {key} has {shape[-1]} features, {z_name} has {z[-1]}")
+    for key, steps in (("u", u[-2]), ("b", b[-1])):
+        if steps != w[-2]:
+            raise ValueError(f"{name}: {key} has {steps} steps, w has {w[-2]}")
