@@ -49,6 +49,13 @@ def train(images, out, *words):
     return call("train", *TINY, "--out", out, *data, *words)
 
 
+def test_the_run_folder_has_a_default(images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [*TINY, "--posterior", "planar", "--data", "mnist", "--data-root", images]
+    assert call("train", *words) == 0
+    assert (tmp_path / "runs" / "planar-mnist" / "model.safetensors").is_file()
+
+
 def complaint(capsys):
     """The one line on stderr."""
     error = capsys.readouterr().err

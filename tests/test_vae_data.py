@@ -53,6 +53,18 @@ def test_bad_idx_is_refused(tmp_path, fault, compress):
     assert str(path) in str(refusal.value) and "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize("chunk", [1, 40, 119, 120, 121])
+def test_files_longer_than_one_read(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr("fastflow.vae.idx.CHUNK", chunk)
+    path = tmp_path / "images"
+    path.write_bytes(GOOD)
+    assert torch.equal(read_images(path), IMAGES)
+    for content in (GOOD[:-1], GOOD + b"\0"):
+        path.write_bytes(content)
+        with pytest.raises(VaeError, match="promises 120 bytes"):
+            read_images(path)
+
+
 @pytest.mark.parametrize("cut", [1, 8, 20, 60])
 def test_truncated_gzip_is_refused(tmp_path, cut):
     path = tmp_path / "images.gz"

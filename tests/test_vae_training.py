@@ -74,6 +74,30 @@ def test_same_seed_same_bytes(tmp_path, data):
     assert first["epochs"][0]["train_loss"] != other["epochs"][0]["train_loss"]
 
 
+def test_every_epoch_has_all_images_in_an_order_and_with_noise_of_its_own(tmp_path, data):
+    config = Config(**asdict(CONFIG) | {"binarise": "none", "batch_size": 20})
+    run = Run.start(tmp_path / "run", config, data, CPU)
+    epochs = [[torch.cat(parts) for parts in zip(*run._batches(epoch))] for epoch in (1, 2, 1)]
+    for images, _ in epochs:
+        assert sorted(images.tolist()) == sorted(data.train.tolist())
+    (order_1, noise_1), (order_2, noise_2), again = epochs
+    assert not torch.equal(order_1, order_2) and not torch.equal(noise_1, noise_2)
+    assert torch.equal(order_1, again[0]) and torch.equal(noise_1, again[1])
+    assert noise_1.unique().numel() == noise_1.numel()  # batches do not share their noise
+
+
+def test_dynamic_binarisation_draws_anew_every_epoch_but_not_the_test_images(tmp_path, data):
+    config = Config(**asdict(CONFIG) | {"binarise": "dynamic", "batch_size": 45})
+    data = data._replace(train=torch.full_like(data.train, 0.5))
+    run = Run.start(tmp_path / "run", config, data, CPU)
+    (first, _), (second, _) = (next(run._batches(epoch)) for epoch in (1, 2))
+    test = run._test_images()
+    for images in (first, second, test):
+        assert ((images == 0) | (images == 1)).all()
+    assert not torch.equal(first, second)
+    assert torch.equal(test, run._test_images())
+
+
 @pytest.mark.parametrize("moment", ["before the rename", "after the rename", "half-way"])
 def test_a_kill_at_any_write_is_resumed_to_the_same_run(tmp_path, data, monkeypatch, moment):
     settings = asdict(CONFIG) | {"binarise": "dynamic"}  # one more random stream

@@ -48,7 +48,8 @@ def _train(options: argparse.Namespace) -> int:
     from fastflow.vae.training import Run, find_state, require_no_run
 
     settings = {name: getattr(options, name) for name in SETTINGS if hasattr(options, name)}
-    config, folder, device = Config(**settings), options.out, _device(options.device)
+    config, device = Config(**settings), _device(options.device)
+    folder = options.out or Path("runs", f"{config.posterior}-{config.data}")
     state = None
     if options.resume:
         state = find_state(folder, settings)
@@ -105,17 +106,21 @@ def _parser() -> argparse.ArgumentParser:
         "train",
         help="train a model into a run folder",
         description="Trains a model and writes checkpoints, metrics and pictures into a folder.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    train.add_argument("--out", type=Path, required=True, metavar="DIR", help="run folder")
+    train.add_argument(
+        "--out", type=Path, metavar="DIR", help="run folder, runs/POSTERIOR-DATA if not given"
+    )
     train.add_argument(
         "--resume",
         action="store_true",
         help="continue the run in DIR, or start it; settings that are not given are the run's",
     )
     train.add_argument(
-        "--data-root", type=Path, metavar="DIR", help="folder of IDX files, plain or .gz"
+        "--data-root",
+        type=Path,
+        metavar="DIR",
+        help="folder of IDX files, plain or .gz, or of downloads",
     )
     for name, (kind, text) in SETTINGS.items():
         _add_setting(train, name, kind, text)
@@ -136,19 +141,26 @@ def _parser() -> argparse.ArgumentParser:
         "sample",
         help="draw images from a trained model",
         description="Draws a grid of expected images of a trained model.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    sample.add_argument("--checkpoint", type=Path, required=True, help="a model.safetensors")
-    sample.add_argument("--out", type=Path, required=True, help="the picture, PNG")
-    sample.add_argument("--grid", type=_count, default=8, help="images per side")
-    sample.add_argument("--seed", type=int, default=0, help="of the draws")
+    sample.add_argument(
+        "--checkpoint", type=Path, required=True, metavar="FILE", help="a model.safetensors"
+    )
+    sample.add_argument("--out", type=Path, required=True, metavar="FILE", help="the picture, PNG")
+    sample.add_argument(
+        "--grid", type=_count, default=8, metavar="N", help="images per side (default: 8)"
+    )
+    sample.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the draws (default: 0)"
+    )
     sample.add_argument(
         "--manifold", action="store_true", help="a regular grid over a 2-D latent space"
     )
     for command in (train, sample):
-        command.add_argument("--device", choices=("cpu", "cuda", "auto"), default="auto", help=" ")
-        command.add_argument("--threads", type=_count, help="CPU threads, PyTorch's by default")
+        command.add_argument(
+            "--device", choices=("cpu", "cuda", "auto"), default="auto", help="default: auto"
+        )
+        command.add_argument("--threads", type=_count, metavar="N", help="of the CPU")
     return parser
 
 

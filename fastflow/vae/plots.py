@@ -27,7 +27,7 @@ GRID = 161  # points per side on which densities are evaluated
 
 def draw_loss(path: Path, history: Sequence[Mapping[str, float]]) -> None:
     """Draws -ELBO and its two terms over the epochs."""
-    figure = _figure(10, 4)
+    figure = _figure(12, 4)
     left, middle, right = figure.subplots(1, 3)
     epochs = [record["epoch"] for record in history]
     marker = "o" if len(epochs) < 10 else None
