@@ -1,4 +1,4 @@
-"""Runs the CUDA kernels on the CPU: compiles them with the stand-in of cuda_shim/ and calls them."""
+"""Runs the CUDA kernels on the CPU: compiles them against cuda_shim/ and calls them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIM = ROOT / "tests" / "cuda_shim"
-# bounds and alignment: an index outside a local array, or a 16-byte access at another address, traps
+# bounds, alignment: an index outside a local array or a misplaced 16-byte access traps
 FLAGS = [
     *("-std=c++20", "-O1", "-fPIC", "-ffp-contract=fast", "-U_FORTIFY_SOURCE"),
     *("-fsanitize=bounds,alignment", "-fsanitize-undefined-trap-on-error"),

@@ -87,9 +87,11 @@ __device__ __forceinline__ void store_quad(T* p, const Quad<T>& quad, int left, 
 // Replaces each sum by its total over groups of kLanes threads (a power of 2), the same bits in
 // every thread of a group. Every thread of the block takes part.
 //
-// Groups of more than a warp are the whole block and exchange through `scratch`, 2 * kCount *
-// kLanes / 32 elements: consecutive calls use its halves in turn (`turn` counts the calls), so that
-// one barrier per call is enough.
+// Groups of more than a warp are the whole block and exchange through `scratch`. Consecutive calls
+// use its halves in turn (`turn` counts the calls), so that one barrier per call is enough: the
+// halves do not depend on how many sums a call has.
+constexpr int kMostSums = 4;
+
 template <int kLanes, int kCount, class T>
 __device__ __forceinline__ void group_sum(T (&sums)[kCount], T* scratch, int turn) {
 #pragma unroll
@@ -98,7 +100,8 @@ __device__ __forceinline__ void group_sum(T (&sums)[kCount], T* scratch, int tur
     for (int i = 0; i < kCount; ++i) sums[i] += __shfl_xor_sync(0xffffffffu, sums[i], lanes);
   if constexpr (kLanes > 32) {
     constexpr int kWarps = kLanes / 32;
-    scratch += turn % 2 * (kCount * kWarps);
+    static_assert(kCount <= kMostSums);
+    scratch += turn % 2 * (kMostSums * kWarps);
     if (threadIdx.x % 32 == 0)
 #pragma unroll
       for (int i = 0; i < kCount; ++i) scratch[i * kWarps + threadIdx.x / 32] = sums[i];
@@ -113,8 +116,8 @@ __device__ __forceinline__ void group_sum(T (&sums)[kCount], T* scratch, int tur
 
 // Bytes of the scratch of group_sum.
 template <class T>
-constexpr size_t group_sum_bytes(int lanes, int count) {
-  return lanes > 32 ? 2 * size_t(count) * (lanes / 32) * sizeof(T) : 0;
+constexpr size_t group_sum_bytes(int lanes) {
+  return lanes > 32 ? 2 * kMostSums * size_t(lanes / 32) * sizeof(T) : 0;
 }
 
 }  // namespace fastflow

@@ -285,12 +285,12 @@ void amortised_forward(const Chain<T>& chain, Stream& stream) {
   with_lanes<T>(chain.features, [&](auto lanes) {
     constexpr int kLanes = lanes;
     if constexpr (kLanes == 0) {
-      const size_t scratch = group_sum_bytes<T>(kWideThreads, 3);
+      const size_t scratch = group_sum_bytes<T>(kWideThreads);
       stream.launch(wide_forward_kernel<T>, unsigned(chain.batch), kWideThreads, scratch, chain);
     } else {
       constexpr int block = kLanes > kThreads ? kLanes : kThreads;
       const unsigned grid = unsigned(divide_up<int64_t>(chain.batch, block / kLanes));
-      stream.launch(forward_kernel<T, kLanes>, grid, block, group_sum_bytes<T>(kLanes, 3), chain);
+      stream.launch(forward_kernel<T, kLanes>, grid, block, group_sum_bytes<T>(kLanes), chain);
     }
   });
 }
@@ -300,12 +300,12 @@ void amortised_backward(const Chain<T>& chain, Stream& stream) {
   with_lanes<T>(chain.features, [&](auto lanes) {
     constexpr int kLanes = lanes;
     if constexpr (kLanes == 0) {
-      const size_t scratch = group_sum_bytes<T>(kWideThreads, 4);
+      const size_t scratch = group_sum_bytes<T>(kWideThreads);
       stream.launch(wide_backward_kernel<T>, unsigned(chain.batch), kWideThreads, scratch, chain);
     } else {
       constexpr int block = kLanes > kThreads ? kLanes : kThreads;
       const unsigned grid = unsigned(divide_up<int64_t>(chain.batch, block / kLanes));
-      stream.launch(backward_kernel<T, kLanes>, grid, block, group_sum_bytes<T>(kLanes, 4), chain);
+      stream.launch(backward_kernel<T, kLanes>, grid, block, group_sum_bytes<T>(kLanes), chain);
     }
   });
 }

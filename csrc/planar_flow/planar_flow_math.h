@@ -110,7 +110,9 @@ FASTFLOW_HD PlanarTanh<V> planar_tanh(V a) {
   V e, em;
   exp_expm1(T(-2) * abs(a), e, em);
   const V r = T(1) / (T(1) + e);
-  return {-em * r, (T(4) * e) * r * r};
+  const V t = -em * r;
+  // Where 1 - t^2 cancels nothing it has the smaller rounding error.
+  return {t, select(t < T(0.5), T(1) - t * t, (T(4) * e) * r * r)};
 }
 
 // L = log(t^2 + q s).

@@ -179,7 +179,7 @@ void shared_param_grads(const Chain<T>& chain, const SharedWorkspace<T>& workspa
                 kReduceThreads, kReduceThreads * sizeof(T), workspace.partial_sums, workspace.sums,
                 elements, pieces);
   stream.launch(finish_kernel<T>, unsigned(chain.steps), kFinishThreads,
-                group_sum_bytes<T>(kFinishThreads, 1), chain, workspace);
+                group_sum_bytes<T>(kFinishThreads), chain, workspace);
 }
 
 template void shared_param_grads(const Chain<float>&, const SharedWorkspace<float>&, Stream&);

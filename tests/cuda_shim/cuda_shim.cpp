@@ -1,13 +1,13 @@
 // Executes kernels on the host: blocks as a loop, the threads of a block as fibers on one OS
 // thread.
 //
-// A fiber runs until it ends or waits at a barrier or a warp call; once all have stopped, whoever
-// can go on is let go on. So each fiber runs as far ahead of the others as CUDA permits, in an
-// order that the test chooses: a missing barrier changes results between orders. Reported as
-// errors: waiting for a thread that ended or waits elsewhere, lanes that disagree on a mask, values
-// from lanes outside it, writes past the end of shared memory, launches no GPU takes, and whatever
-// raises a signal (guard pages around memory; traps of -fsanitize=bounds,alignment). Shared memory
-// starts as NaN in every block.
+// A fiber runs until it ends or waits at a barrier or a warp call, and a warp until all of it waits
+// at a barrier. So each runs as far ahead of the others as CUDA permits, in an order that the test
+// chooses: a missing barrier changes results between orders. Reported as errors: waiting for a
+// thread that ended or waits elsewhere, lanes that disagree on a mask, values from lanes outside
+// it, writes past the end of shared memory, launches no GPU takes, and whatever raises a signal
+// (guard pages around memory; traps of -fsanitize=bounds,alignment). Shared memory starts as NaN in
+// every block.
 #include <setjmp.h>
 #include <signal.h>
 #include <sys/mman.h>
@@ -108,13 +108,12 @@ std::vector<int> shuffled(int count) {
   return order;
 }
 
-// Completes every warp call whose lanes have all come; all fibers have stopped.
-bool complete_warp_calls() {
+// Completes the warp calls of a warp whose lanes have all come; all its fibers have stopped.
+bool complete_warp_calls(int first) {
   bool progress = false;
   const int threads = int(fibers.size());
-  for (int index = 0; index < threads; ++index) {
+  for (int index = first; index < std::min(first + kWarp, threads); ++index) {
     if (fibers[index].state != State::kAtWarpCall) continue;
-    const int first = index / kWarp * kWarp;
     const unsigned mask = fibers[index].mask;
     current = index;
     if (!(mask >> (index - first) & 1)) fail("a warp call whose mask lacks the calling lane");
@@ -166,11 +165,18 @@ void prepare(Fiber& fiber, char* stack) {
 void run_block(size_t shared_bytes) {
   std::fill(std::begin(dynamic_shared_memory), std::end(dynamic_shared_memory), kPoison);
   for (size_t i = 0; i < fibers.size(); ++i) prepare(fibers[i], stacks.data() + i * kStackBytes);
-  const std::vector<int> order = shuffled(int(fibers.size()));
+  const int threads = int(fibers.size());
+  const std::vector<int> warps = shuffled((threads + kWarp - 1) / kWarp), lanes = shuffled(kWarp);
   do {
-    for (int index : order)
-      if (fibers[index].state == State::kReady) resume(index);
-  } while (complete_warp_calls() || pass_barrier());
+    for (int warp : warps) {
+      const int first = warp * kWarp;
+      do {
+        for (int lane : lanes)
+          if (first + lane < threads && fibers[first + lane].state == State::kReady)
+            resume(first + lane);
+      } while (complete_warp_calls(first));
+    }
+  } while (pass_barrier());
   for (size_t i = shared_bytes; i < sizeof(dynamic_shared_memory); ++i)
     if (dynamic_shared_memory[i] != kPoison) fail("a write past the end of shared memory");
 }
