@@ -157,8 +157,7 @@ def planar_flow_backward_kernel(
 def row_options(D: int, dtype: torch.dtype) -> dict[str, int | bool]:
     """Blocks and launch options of the kernels above: one load of up to 16 bytes a thread and tile.
 
-    Rows that are wider than 16 warps take more; from 32 KB a row (8192 float32) some registers of
-    the backward spill.
+    Rows that are wider than 16 warps take more; from 32 KB a row, 8192 float32, registers spill.
     """
     widest = 16 // dtype.itemsize
     block_d = triton.next_power_of_2(D)

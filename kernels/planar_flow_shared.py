@@ -165,12 +165,12 @@ def planar_flow_parameters_kernel(
     tl.store(db_ptr + step, tl.load(sum_ptr + K + step))
 
 
-def product_options(K: int, dtype: torch.dtype) -> dict[str, int | bool]:
+def product_options(D: int, K: int) -> dict[str, int | bool]:
     """Blocks and launch options of the products."""
     return {
         "BLOCK_R": 16,
         "BLOCK_K": min(triton.next_power_of_2(K), 16),
-        "BLOCK_C": 256 // dtype.itemsize,
+        "BLOCK_C": max(16, min(triton.next_power_of_2(D), 32)),
         "num_warps": 4,
         "num_stages": 2,
         "maxnreg": 255,  # without it ptxas spills for the sake of occupancy
@@ -215,7 +215,7 @@ def parameter_gradients(
     """(dw (K, D), du (K, D), db (K,)) from what the backward kernel of a chain has left behind."""
     (B, D), K = x.shape, w.shape[0]
     flags = {"CENTRED": centred, "INVERSE": inverse}
-    options = product_options(K, x.dtype)
+    options = product_options(D, K)
     grid, chunk = product_grid(B, D, K, options)
     products = x.new_empty(grid[0], K * (2 * D + K + 2))
     planar_flow_products_kernel[grid](

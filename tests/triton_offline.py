@@ -27,9 +27,9 @@ from triton.compiler import ASTSource
 
 # bytes of shared memory that a block can get, by compute capability
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-WIDE_ROW = 32 * 1024  # bytes; `row_options` documents that the backward spills from here
-USUAL_FEATURES = [3, 64, 1000, 2048]
-ALL_FEATURES = [1, 3, *(2**i for i in range(1, 14)), 1000]
+WIDE_ROW = 32 * 1024  # bytes; `row_options` documents that registers may spill from here
+USUAL_FEATURES = [3, 64, 1001, 2048]
+ALL_FEATURES = [1, 3, *(2**i for i in range(1, 14)), 1001]
 
 
 @dataclass
@@ -67,7 +67,13 @@ def planar_flow_cases(features: list[int]) -> Iterator[Case]:
                     "CENTRED": bool(flags & 4),
                 }
                 constants = {"D": D, **flags}
-                yield Case(planar_flow.planar_flow_forward_kernel, dtype, constants, options)
+                yield Case(
+                    planar_flow.planar_flow_forward_kernel,
+                    dtype,
+                    constants,
+                    options,
+                    may_spill=wide,
+                )
                 for_shared, for_amortised = ("u_hat_ptr", "pn_ptr"), ("dw_ptr", "du_ptr")
                 for param_grads in (True, False):
                     absent = for_amortised if flags["SHARED"] else for_shared
@@ -88,7 +94,7 @@ def planar_flow_cases(features: list[int]) -> Iterator[Case]:
                         planar_flow_shared.planar_flow_products_kernel,
                         dtype,
                         flags,
-                        planar_flow_shared.product_options(K, dtype),
+                        planar_flow_shared.product_options(D, K),
                         label=f"K={K}",
                     )
                     yield Case(
@@ -157,9 +163,7 @@ def main() -> int:
     bad = 0
     for case, device in jobs:
         report = compile_case(case, device)
-        flags = [
-            n for n in ("SHARED", "INVERSE", "CENTRED", "PARAM_GRADS") if case.constants.get(n)
-        ]
+        flags = [name.lower() for name, value in case.constants.items() if value is True]
         print(
             f"sm_{device:<3} {case.kernel.__name__:30} {str(case.dtype)[6:]}",
             f"D={case.constants['D']:<5} {case.label:5} registers {report.registers:3}",
