@@ -84,14 +84,14 @@ __device__ __forceinline__ void store_quad(T* p, const Quad<T>& quad, int left, 
   }
 }
 
+constexpr int kMostSums = 4;  // of a call of group_sum
+
 // Replaces each sum by its total over groups of kLanes threads (a power of 2), the same bits in
 // every thread of a group. Every thread of the block takes part.
 //
 // Groups of more than a warp are the whole block and exchange through `scratch`. Consecutive calls
 // use its halves in turn (`turn` counts the calls), so that one barrier per call is enough: the
 // halves do not depend on how many sums a call has.
-constexpr int kMostSums = 4;
-
 template <int kLanes, int kCount, class T>
 __device__ __forceinline__ void group_sum(T (&sums)[kCount], T* scratch, int turn) {
 #pragma unroll

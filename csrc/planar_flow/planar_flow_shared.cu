@@ -8,16 +8,13 @@
 //
 // with tau = sigma tanh(a). Rows go through device memory once for up to 32 steps, whatever K is.
 #include "planar_flow_shared.cuh"
+#include "planar_flow_tile.cuh"
 
 namespace fastflow {
 namespace {
 
 constexpr int kPrepareThreads = 256;
-constexpr int kThreads = 128;
-constexpr int kBlocks = 4;           // on a multiprocessor at least: 128 registers a thread
-constexpr int kRowGroups = 16;       // threads with different rows: kThreads / kRowGroups share one
-constexpr int kWidth = 32;           // columns of a tile
-constexpr int kStride = kWidth + 4;  // of a tile in shared memory: whole quads, spread over banks
+constexpr int kBlocks = 4;              // on a multiprocessor at least: 128 registers a thread
 constexpr int64_t kLargeBatch = 16384;  // from here on tiles of 64 rows fill any GPU
 
 // Rows of a thread in a large batch; double is not worth the time to compile a second size.
@@ -57,131 +54,6 @@ __global__ void __launch_bounds__(kPrepareThreads)
     }
   }
 }
-
-// A block's tile: 16 kRows rows of the batch and one panel of kPanel steps. Threads share the work
-// as (row group, other group): a thread's rows are its group's and every 16th from there.
-template <class T, int kRows, int kPanel>
-struct Tile {
-  static constexpr int kTileRows = kRows * kRowGroups;
-  static constexpr int kOtherGroups = kThreads / kRowGroups;
-  static constexpr int kSteps = kPanel / kOtherGroups;
-  static constexpr int kValueStride = kPanel + 1;
-  static_assert(kOtherGroups == kWidth / 4);
-  static_assert(kValueStride <= kStride);  // the rows' part also holds a scalar a row and step
-  static constexpr size_t kSharedBytes =
-      sizeof(T) * ((kTileRows + kPanel) * kStride + kTileRows * kValueStride);
-
-  const Chain<T>& chain;
-  const int64_t first_row;
-  const int rows;  // that exist
-  int first = 0;   // visit of the panel
-  int count = 0;   // of steps in the panel
-
-  T* const x = shared_memory<T>();         // (kTileRows, kStride)
-  T* const y = x + kTileRows * kStride;    // (kPanel, kStride)
-  T* const values = y + kPanel * kStride;  // (kTileRows, kValueStride)
-
-  __device__ Tile(const Chain<T>& chain, int64_t first_row)
-      : chain(chain),
-        first_row(first_row),
-        rows(int(smaller<int64_t>(kTileRows, chain.batch - first_row))) {}
-
-  __device__ __forceinline__ int64_t step(int i) const { return chain.step_at(first + i); }
-
-  // Columns [d, d + kWidth) of `count` rows of a matrix into shared memory, zeros after them.
-  template <class F>
-  __device__ __forceinline__ void stage(T* tile, int tile_rows, int count, const T* matrix, int d,
-                                        const F& row_at) const {
-    for (int index = threadIdx.x; index < tile_rows * (kWidth / 4); index += kThreads) {
-      const int row = index / (kWidth / 4), column = index % (kWidth / 4) * 4;
-      Quad<T> quad{};
-      if (row < count)
-        quad = load_quad(matrix + row_at(row) * chain.features + d + column,
-                         chain.features - d - column, chain.aligned);
-      *reinterpret_cast<Quad<T>*>(tile + row * kStride + column) = quad;
-    }
-  }
-
-  // values = source matrix^T for matrices (B, D) and (K, D).
-  __device__ __forceinline__ void products(const T* source, const T* matrix) const {
-    const int row_group = threadIdx.x % kRowGroups, step_group = threadIdx.x / kRowGroups;
-    T sums[kRows][kSteps] = {};
-    for (int d = 0; d < chain.features; d += kWidth) {
-      __syncthreads();
-      stage(x, kTileRows, rows, source, d, [&](int row) { return first_row + row; });
-      stage(y, kPanel, count, matrix, d, [&](int i) { return step(i); });
-      __syncthreads();
-      const int width = smaller(kWidth, chain.features - d);
-      for (int column = 0; column < width; column += 4) {
-        Quad<T> x_quad[kRows];
-#pragma unroll
-        for (int r = 0; r < kRows; ++r)
-          x_quad[r] = *reinterpret_cast<const Quad<T>*>(x + (row_group + r * kRowGroups) * kStride +
-                                                        column);
-#pragma unroll
-        for (int s = 0; s < kSteps; ++s) {
-          const Quad<T> y_quad = *reinterpret_cast<const Quad<T>*>(
-              y + (step_group + s * kOtherGroups) * kStride + column);
-#pragma unroll
-          for (int r = 0; r < kRows; ++r)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) sums[r][s] += x_quad[r].v[e] * y_quad.v[e];
-        }
-      }
-    }
-#pragma unroll
-    for (int r = 0; r < kRows; ++r)
-#pragma unroll
-      for (int s = 0; s < kSteps; ++s)
-        values[(row_group + r * kRowGroups) * kValueStride + step_group + s * kOtherGroups] =
-            sums[r][s];
-  }
-
-  // target = source + values matrix; a thread has a quad of columns.
-  __device__ __forceinline__ void combine(const T* source, T* target, const T* matrix) const {
-    const int column = threadIdx.x % kOtherGroups * 4, row_group = threadIdx.x / kOtherGroups;
-    for (int d = 0; d < chain.features; d += kWidth) {
-      __syncthreads();
-      stage(y, kPanel, count, matrix, d, [&](int i) { return step(i); });
-      __syncthreads();
-      const int left = chain.features - d - column;
-      Quad<T> sums[kRows] = {};
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const int64_t row = row_group + r * kRowGroups;
-        if (row < rows)
-          sums[r] = load_quad(source + (first_row + row) * chain.features + d + column, left,
-                              chain.aligned);
-      }
-#pragma unroll 4
-      for (int i = 0; i < count; ++i) {
-        const Quad<T> y_quad = *reinterpret_cast<const Quad<T>*>(y + i * kStride + column);
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-          const T value = values[(row_group + r * kRowGroups) * kValueStride + i];
-#pragma unroll
-          for (int e = 0; e < 4; ++e) sums[r].v[e] += value * y_quad.v[e];
-        }
-      }
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const int64_t row = row_group + r * kRowGroups;
-        if (row < rows)
-          store_quad(target + (first_row + row) * chain.features + d + column, sums[r], left,
-                     chain.aligned);
-      }
-    }
-  }
-
-  // f(place in a row-and-step array of the tile, place in one of (B, K)) for each row and step.
-  template <class F>
-  __device__ __forceinline__ void each_scalar(const F& f) const {
-    for (int index = threadIdx.x; index < rows * count; index += kThreads) {
-      const int row = index / count, i = index % count;
-      f(row * kValueStride + i, (first_row + row) * chain.steps + step(i));
-    }
-  }
-};
 
 // The recurrence of one row over a panel from `first`: `value` holds r and becomes tau, `a` gets
 // the pre-activations. Returns the panel's part of the sum of L.
@@ -223,7 +95,7 @@ __device__ __forceinline__ void visit_backward(const Chain<T>& chain,
 }
 
 template <class T, int kRows, int kPanel>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(kTileThreads, kBlocks)
     forward_kernel(const Chain<T> chain, const SharedWorkspace<T> workspace) {
   Tile<T, kRows, kPanel> tile(chain, int64_t(blockIdx.x) * (kRows * kRowGroups));
   const bool has_row = int(threadIdx.x) < tile.rows;
@@ -247,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 }
 
 template <class T, int kRows, int kPanel>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(kTileThreads, kBlocks)
     backward_kernel(const Chain<T> chain, const SharedWorkspace<T> workspace) {
   Tile<T, kRows, kPanel> tile(chain, int64_t(blockIdx.x) * (kRows * kRowGroups));
   const bool has_row = int(threadIdx.x) < tile.rows;
@@ -280,7 +152,7 @@ void launch_tiles(bool backward, const Chain<T>& chain, const SharedWorkspace<T>
                   Stream& stream) {
   using BlockTile = Tile<T, kRows, kPanel>;
   stream.launch(backward ? backward_kernel<T, kRows, kPanel> : forward_kernel<T, kRows, kPanel>,
-                unsigned(divide_up<int64_t>(chain.batch, BlockTile::kTileRows)), kThreads,
+                unsigned(divide_up<int64_t>(chain.batch, BlockTile::kTileRows)), kTileThreads,
                 BlockTile::kSharedBytes, chain, workspace);
 }
 
