@@ -17,6 +17,8 @@ LN2_REST = tl.constexpr(-2.1219444005469057e-4)
 LOG_E_MINUS_1 = tl.constexpr(0.5413248546129181)  # ln(e - 1): softplus there is 1
 LOG_E_MINUS_1_HEAD = tl.constexpr(0.5413248538970947)  # exact in float32
 LOG_E_MINUS_1_REST = tl.constexpr(7.158233824158563e-10)
+E_MINUS_1 = tl.constexpr(1.718281828459045)
+SQRT_E_MINUS_1 = tl.constexpr(1.3108324944320862)
 E_MINUS_1_OVER_E = tl.constexpr(0.6321205588285577)
 GUARD = tl.constexpr(2.0**-100)  # |w|^2 below which a step is that of w = 0
 TINY = tl.constexpr(2.0**-126)  # the smallest normal float32
@@ -85,14 +87,22 @@ def with_sign(magnitude, a):
 
 @triton.jit
 def planar_step(p, n, CENTRED: tl.constexpr):
-    """(x, s1, s, ds, alpha): the terms of a step that do not depend on z; ds = ds1/dp."""
+    """(x, root, s1, s, ds, alpha): the terms of a step that do not depend on z.
+
+    root = exp(x / 2), which is sqrt(s) where s is small; ds = ds1/dp.
+    """
+    root = exp(tl.where(p < 0.0, 0.5 * p, 0.0))
     if CENTRED:
         x = p + LOG_E_MINUS_1
         v = p
+        # exp(-|x|) without the rounding of x
+        e = exp(tl.where(x > 0.0, -p, p))
+        e = tl.where(x > 0.0, e / E_MINUS_1, e * E_MINUS_1)
+        root = root * SQRT_E_MINUS_1
     else:
         x = p
         v = (p - LOG_E_MINUS_1_HEAD) - LOG_E_MINUS_1_REST
-    e = exp(-tl.abs(x))
+        e = exp(-tl.abs(x))
     log1p_e = log1p(e)
     s = tl.where(x > 0.0, x, 0.0) + log1p_e
     ds = tl.where(x > 0.0, 1.0, e) / (1.0 + e)
@@ -107,18 +117,17 @@ def planar_step(p, n, CENTRED: tl.constexpr):
     s = tl.where(guarded, 1.0 + s1, s)
     ds = tl.where(guarded, tl.where(p > -0.5, 1.0, 0.0), ds)
     x = tl.where(guarded, 0.0, x)
-    return x, s1, s, ds, alpha
+    return x, root, s1, s, ds, alpha
 
 
 @triton.jit
-def step_ladj(t, q, x, s1, s):
+def step_ladj(t, q, x, root, s1, s):
     """L = log(1 + q s1) = log(t^2 + q s), without cancellation or underflow."""
     y = q * s1
     near = y > -0.5
     deep = (x <= -60.0) & (y <= -0.5)  # where t^2 and s may both underflow
-    es = exp(tl.where(x < 0.0, 0.5 * x, 0.0))  # sqrt(s) there
-    above = t > es
-    ratio = tl.where(above, es, t) / tl.where(above, t, tl.where(es < TINY, TINY, es))
+    above = t > root
+    ratio = tl.where(above, root, t) / tl.where(above, t, tl.where(root < TINY, TINY, root))
     # one logarithm serves all branches: of 1 + v to the precision of v, or of u
     v = tl.where(near, y, q * ratio * ratio)
     is_log1p = near | (deep & above)
@@ -131,19 +140,18 @@ def step_ladj(t, q, x, s1, s):
 
 
 @triton.jit
-def step_ladj_grads(a, t, q, x, s1, s, ds):
+def step_ladj_grads(a, t, q, x, root, s1, s, ds):
     """(dL/da, dL/dp, det) of one step, with the branches of `step_ladj`."""
     y = q * s1
     # y carries the errors of q and s1, which y / (1 + y) magnifies for y < 0
     det = tl.where(y > -0.25, 1.0 + y, t * t + q * s)
     deep = (x <= -60.0) & (y <= -0.5)
-    es = exp(tl.where(x < 0.0, 0.5 * x, 0.0))
-    above = t > es
-    floor = tl.where(es < TINY, TINY, es)
-    ratio = tl.where(above, es, t) / tl.where(above, t, floor)
+    above = t > root
+    floor = tl.where(root < TINY, TINY, root)
+    ratio = tl.where(above, root, t) / tl.where(above, t, floor)
     r2 = ratio * ratio
-    # t / det and q s / det, with t^2 or es^2 cancelled from both
-    deep_t = tl.where(above, 1.0, ratio) / tl.where(above, t + q * es * ratio, (r2 + q) * floor)
+    # t / det and q s / det, with t^2 or root^2 cancelled from both
+    deep_t = tl.where(above, 1.0, ratio) / tl.where(above, t + q * root * ratio, (r2 + q) * floor)
     deep_dp = q * tl.where(above, r2, 1.0) / tl.where(above, 1.0 + q * r2, q + r2)
     safe = tl.where(deep, 1.0, det)
     t_over_det = tl.where(deep, deep_t, t / safe)

@@ -221,10 +221,10 @@ def terms_kernel(
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     a = tl.load(a_ptr + i, mask=i < N, other=0.0)
     p = tl.load(p_ptr + i, mask=i < N, other=0.0)
-    x, s1, s, ds, _alpha = math.planar_step(p, 0.0 * p + 1.0, CENTRED)
+    x, root, s1, s, ds, _alpha = math.planar_step(p, 0.0 * p + 1.0, CENTRED)
     t, q = math.tanh_sech2(a)
-    da, dp, _det = math.step_ladj_grads(a, t, q, x, s1, s, ds)
-    tl.store(out_ptr + i, math.step_ladj(t, q, x, s1, s), mask=i < N)
+    da, dp, _det = math.step_ladj_grads(a, t, q, x, root, s1, s, ds)
+    tl.store(out_ptr + i, math.step_ladj(t, q, x, root, s1, s), mask=i < N)
     tl.store(out_ptr + N + i, da, mask=i < N)
     tl.store(out_ptr + 2 * N + i, dp, mask=i < N)
 
@@ -277,7 +277,7 @@ def solve_kernel(r_ptr, p_ptr, a_ptr, N, CENTRED: tl.constexpr, BLOCK: tl.conste
     i = tl.arange(0, BLOCK)
     r = tl.load(r_ptr + i, mask=i < N, other=0.0)
     p = tl.load(p_ptr + i, mask=i < N, other=0.0)
-    _x, s1, s, _ds, _alpha = math.planar_step(p, 0.0 * p + 1.0, CENTRED)
+    _x, _root, s1, s, _ds, _alpha = math.planar_step(p, 0.0 * p + 1.0, CENTRED)
     tl.store(a_ptr + i, math.solve_step(r, s1, s), mask=i < N)
 
 

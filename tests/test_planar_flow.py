@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import Target
 from oracle import (
-    assert_as_good,
+    assert_error,
     inverse_vjp,
     plain_errors,
     planar_chain,
@@ -62,7 +62,7 @@ def test_forward_and_gradients(
     got, want = results(planar_flow, leaves, natural), results(planar_chain, exact, natural)
     plain = plain_errors(partial(results, planar_chain), exact, want)
     for name, one, error, other in zip(("z_K", "ladj", "dz", "dw", "du", "db"), got, plain, want):
-        assert_as_good(one, error, other, name)
+        assert_error(one, error, other, name)
 
 
 @pytest.mark.parametrize("constraint", CONSTRAINTS)
@@ -107,7 +107,7 @@ def test_gradcheck(target: Target, direction: object, shared: bool, constraint: 
         lambda *args: direction(*args, constraint),
         leaves,
         nondet_tol=0.0,
-        check_batched_grad=True,
+        check_batched_grad=not target.slow,  # which the fast mode does not know
         fast_mode=target.slow,
     )
 

@@ -100,17 +100,20 @@ void transpose_out(const T* by_step, int64_t n, T* rows, int64_t stride, int64_t
   }
 }
 
-// panels[(i / kBlock) * D * kBlock + d * kBlock + i % kBlock] = matrix[i * stride + d], zeros past
-// K.
+// panels[(i / kBlock) * D * kBlock + d * kBlock + i % kBlock] = matrix[i * stride + d]; the last
+// row stands in for those past K.
 template <class T>
 void pack_panels(const T* matrix, int64_t stride, int64_t K, int64_t D, T* panels) {
-  for (int64_t i0 = 0; i0 < K; i0 += kBlock, panels += D * kBlock)
+  for (int64_t i0 = 0; i0 < K; i0 += kBlock, panels += D * kBlock) {
+    const T* rows[kBlock];
+    for (int i = 0; i < kBlock; ++i) rows[i] = matrix + std::min(i0 + i, K - 1) * stride;
     for (int64_t d = 0; d < D; ++d)
-      for (int i = 0; i < kBlock; ++i)
-        panels[d * kBlock + i] = i0 + i < K ? matrix[(i0 + i) * stride + d] : T(0);
+#pragma GCC unroll 8
+      for (int i = 0; i < kBlock; ++i) panels[d * kBlock + i] = rows[i][d];
+  }
 }
 
-// out[i] += rows . matrix_i, by step; `out` has round_up(K, kBlock) steps.
+// out[i] += rows . matrix_i, by step; `out` has round_up(K, kBlock) steps, those past K void.
 template <class T>
 void tile_dots(const T* rows, int64_t row_count, int64_t D, const T* panels, int64_t K, T* out) {
   constexpr int lanes = Vec<T>::lanes, width = kTileRows<T>, columns = 64;

@@ -9,7 +9,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <memory>
 #include <new>
 
 #include "vector.h"
@@ -23,6 +22,9 @@ inline bool in_forked_child = false;
 #if !defined(_WIN32)
 inline const int fork_handler = pthread_atfork(nullptr, nullptr, [] { in_forked_child = true; });
 #endif
+
+// Roughly how many cycles are worth a thread, for choosing the grain of a loop.
+inline constexpr int64_t kThreadCycles = 40000;
 
 // f(begin, end) over [0, count), in pieces of at least `grain`; small loops never leave the thread.
 template <class F>

@@ -10,8 +10,6 @@
 namespace fastflow {
 namespace {
 
-constexpr int64_t kThreadCycles = 40000;  // roughly what is worth a thread
-
 template <class T>
 struct GroupScratch;
 
@@ -33,14 +31,10 @@ struct Group {
 
   // From a (B, K) tensor to values by step, and back.
   void gather(const void* values, T* x) const {
-    for (int64_t r = 0; r < count; ++r)
-      for (int64_t k = 0; k < K; ++k) x[k * width + r] = static_cast<const T*>(values)[at(r, k)];
-    for (int64_t r = count; r < width; ++r)
-      for (int64_t k = 0; k < K; ++k) x[k * width + r] = T(0);
+    transpose_in(static_cast<const T*>(values) + first * K, K, count, K, x);
   }
   void scatter(const T* x, void* values) const {
-    for (int64_t r = 0; r < count; ++r)
-      for (int64_t k = 0; k < K; ++k) static_cast<T*>(values)[at(r, k)] = x[k * width + r];
+    transpose_out(x, K, static_cast<T*>(values) + first * K, K, count);
   }
   // Rows of a (B, D) tensor into padded rows, and back.
   void load_rows(const void* rows, T* x, int64_t stride) const {
@@ -94,10 +88,10 @@ void forward_group(const PlanarFlowArgs& args, const Group<T>& group) {
   using V = Vec<T>;
   using S = Scratch<GroupScratch<T>>;
   constexpr int lanes = V::lanes, width = kTileRows<T>;
-  const int64_t D = group.D, K = group.K, stride = padded_stride<T>(D);
-  S scratch(S::template bytes<T>(width * stride) + S::template bytes<T>(K * width));
+  const int64_t D = group.D, K = group.K, stride = padded_stride<T>(D), steps = round_up(K, lanes);
+  S scratch(S::template bytes<T>(width * stride) + S::template bytes<T>(steps * width));
   T* x = scratch.template take<T>(width * stride);
-  T* a = scratch.template take<T>(K * width);  // b until step k has run
+  T* a = scratch.template take<T>(steps * width);  // b until step k has run
   group.load_rows(args.in, x, stride);
   group.gather(args.b, a);
 
@@ -192,12 +186,12 @@ void backward_group(const PlanarFlowArgs& args, const Group<T>& group) {
   using V = Vec<T>;
   using S = Scratch<GroupScratch<T>>;
   constexpr int lanes = V::lanes, width = kTileRows<T>;
-  const int64_t D = group.D, K = group.K, stride = padded_stride<T>(D);
-  S scratch(2 * S::template bytes<T>(width * stride) + 2 * S::template bytes<T>(K * width));
+  const int64_t D = group.D, K = group.K, stride = padded_stride<T>(D), steps = round_up(K, lanes);
+  S scratch(2 * S::template bytes<T>(width * stride) + 2 * S::template bytes<T>(steps * width));
   T* g = scratch.template take<T>(width * stride);
   T* x = scratch.template take<T>(width * stride);
-  T* a = scratch.template take<T>(K * width);
-  T* db = scratch.template take<T>(K * width);
+  T* a = scratch.template take<T>(steps * width);
+  T* db = scratch.template take<T>(steps * width);
   group.load_rows(args.d_out, g, stride);
   if constexpr (ParamGrads) group.load_rows(args.out, x, stride);
   group.gather(args.a, a);

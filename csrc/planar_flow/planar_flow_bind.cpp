@@ -51,8 +51,8 @@ Tensor empty(Shape shape, const Tensor& like, ScalarType dtype) {
 }
 Tensor empty(Shape shape, const Tensor& like) { return empty(shape, like, like.scalar_type()); }
 
-// Sizes and flags from z (B, D) and w (K, D) or (B, K, D), and the checks that both directions and
-// both passes share. `pre` is b or the saved a.
+// Sizes, flags and inputs from z (B, D) and w, u (K, D) or (B, K, D), with the checks that both
+// directions and both passes share.
 PlanarFlowArgs prepare(const Tensor& z, const Tensor& w, const Tensor& u, bool centred,
                        bool inverse) {
   const auto dtype = z.scalar_type();

@@ -9,9 +9,6 @@
 
 namespace fastflow {
 
-// Roughly how many cycles are worth a thread.
-inline constexpr int64_t kThreadCycles = 40000;
-
 template <class T>
 Vec<T> dot(const T* x, const T* y, int64_t n) {
   Vec<T> sum(T(0));
@@ -27,8 +24,8 @@ struct PlanarChain {
   int64_t K, D, steps, stride;
   bool inverse;
   PlanarStep<T*> step;  // (steps) each
-  T* w;                 // (steps, stride), zeros in the padding
-  T* u_hat;             // (steps, stride)
+  T* w;                 // (K, stride), zeros in the padding and in rows up to a multiple of 4
+  T* u_hat;             // (K, stride), likewise
   T* panels;            // forward: w, backward: u_hat, in panels for tile_dots
   T* products;          // (steps, steps): forward [i][j] = w_i.u_hat_j, backward [j][i]
 
@@ -81,10 +78,12 @@ struct PlanarChain {
     constexpr int lanes = Vec<T>::lanes;
     T p[lanes] = {}, n[lanes] = {};
     for (int l = 0; l < lanes; ++l) {
+      if (i + l >= round_up(K, 4)) break;  // no one looks at the others
       T* row = w + (i + l) * stride;
-      std::fill_n(row, stride, T(0));
-      std::fill_n(u_hat + (i + l) * stride, stride, T(0));
-      if (i + l >= K) continue;
+      const int64_t live = i + l < K ? D : 0;
+      std::fill_n(row + live, stride - live, T(0));
+      std::fill_n(u_hat + (i + l) * stride + live, stride - live, T(0));
+      if (!live) continue;
       const T* u_row = static_cast<const T*>(args.u) + source(i + l) * D;
       std::copy_n(static_cast<const T*>(args.w) + source(i + l) * D, D, row);
       p[l] = sum(dot(row, u_row, D));

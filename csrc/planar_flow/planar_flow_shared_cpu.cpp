@@ -89,15 +89,16 @@ template <class T>
 struct Sums {
   T *gamma_in, *t_g, *gamma_t, *db, *dp;
 
+  static int64_t rows(const PlanarChain<T>& chain) { return round_up(chain.K, kBlock); }
   static int64_t size(const PlanarChain<T>& chain) {
-    return chain.steps * (2 * chain.stride + chain.steps + 2 * Vec<T>::lanes);
+    return rows(chain) * (2 * chain.stride + chain.steps + 2 * Vec<T>::lanes);
   }
   Sums(T* memory, const PlanarChain<T>& chain)
       : gamma_in(memory),
-        t_g(gamma_in + chain.steps * chain.stride),
-        gamma_t(t_g + chain.steps * chain.stride),
-        db(gamma_t + chain.steps * chain.steps),
-        dp(db + chain.steps * Vec<T>::lanes) {}
+        t_g(gamma_in + rows(chain) * chain.stride),
+        gamma_t(t_g + rows(chain) * chain.stride),
+        db(gamma_t + rows(chain) * chain.steps),
+        dp(db + rows(chain) * Vec<T>::lanes) {}
 };
 
 // Reverse recurrence of a tile: `h` holds u_hat_i.g; fills gamma and signed_t = sigma tanh(a).

@@ -1,0 +1,146 @@
+"""The loader: what it opens, what it says when it cannot, and what PyTorch knows of the raw ops."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+import fastflow
+from fastflow import diagnostics, native
+
+OPS = sorted(native.FAKES)
+needs_library = pytest.mark.skipif(
+    native.probe("cpp") is not None, reason=f"no CPU library: {native.probe('cpp')}"
+)
+
+
+def arguments(op: str, shared: bool = True, centred: bool = False) -> tuple[Tensor | bool, ...]:
+    """Arguments of a raw op with B = 5, D = 3, K = 2."""
+    batch = () if shared else (5,)
+    z, w, u = torch.randn(5, 3), torch.randn(*batch, 2, 3), torch.randn(*batch, 2, 3)
+    if not op.endswith("_backward"):
+        return z, w, u, torch.randn(*batch, 2), centred
+    return z, torch.randn(5), z, z, w, u, torch.randn(5, 2), centred, True
+
+
+@needs_library
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck(op: str, shared: bool) -> None:
+    overload = getattr(native, op)
+    torch.library.opcheck(overload, arguments(op, shared))
+    if op.endswith("_backward"):
+        torch.library.opcheck(overload, (*arguments(op, shared)[:-1], False))
+
+
+@needs_library
+@pytest.mark.parametrize("position", range(4))
+@pytest.mark.parametrize("op", OPS)
+def test_a_raw_op_refuses_to_be_differentiated(op: str, position: int) -> None:
+    values = list(arguments(op))
+    values[position] = values[position].clone().requires_grad_()
+    with pytest.raises(RuntimeError, match=r"fastflow\.functional\.planar_flow"):
+        getattr(native, op)(*values)
+    with torch.no_grad():
+        assert all(torch.isfinite(out).all() for out in getattr(native, op)(*values))
+
+
+@needs_library
+@pytest.mark.parametrize("op", OPS)
+def test_a_raw_op_refuses_tangents(op: str) -> None:
+    values = list(arguments(op))
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="no derivative"):
+        values[0] = forward_ad.make_dual(values[0], torch.ones_like(values[0]))
+        getattr(native, op)(*values)
+    with pytest.raises(RuntimeError, match="no derivative"):
+        rest = values[1:]
+        torch.func.grad(lambda z: getattr(native, op)(z, *rest)[0].sum())(torch.randn(5, 3))
+
+
+@needs_library
+def test_the_library_is_the_best_one_for_this_processor() -> None:
+    flavour = {"AVX512": "avx512", "AVX2": "avx2"}.get(
+        torch.backends.cpu.get_cpu_capability(), "default"
+    )
+    assert native.libraries["cpp"].name == f"_cpu_{flavour}.so"
+
+
+@needs_library
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_a_lesser_processor_gets_a_lesser_library(capability: str, tmp_path: Path) -> None:
+    program = "from fastflow import native; print(native.libraries['cpp'].stem)"
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env={"ATEN_CPU_CAPABILITY": capability, "PATH": "/usr/bin"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert run.stdout.strip() == f"_cpu_{capability}", run.stderr
+
+
+def test_a_file_that_does_not_load_is_a_reason(tmp_path: Path) -> None:
+    broken = tmp_path / "_cpu_broken.so"
+    broken.write_bytes(b"\x7fELF and nothing more")
+    reason = native._open("broken", broken)
+    assert reason.startswith("_cpu_broken.so does not load: ") and "\n" not in reason
+    assert "broken" not in native.libraries
+
+
+def test_unknown_names_are_attribute_errors() -> None:
+    with pytest.raises(AttributeError, match="no_such_op"):
+        _ = native.no_such_op
+
+
+@pytest.mark.parametrize(
+    ("code", "capability", "runs"),
+    [
+        ("sm_80", (8, 0), True),
+        ("sm_80", (8, 9), True),
+        ("sm_86", (8, 0), False),
+        ("sm_80", (9, 0), False),
+        ("compute_80", (9, 0), True),
+        ("compute_120", (9, 0), False),
+        ("sm_90a", (9, 0), True),
+        ("compute_90a", (10, 0), False),
+        ("sm_120", (12, 1), True),
+    ],
+)
+def test_which_device_runs_which_code(code: str, capability: tuple[int, int], runs: bool) -> None:
+    assert native._runs_on(code, capability) is runs
+
+
+# ---------------------------------------------------------------- what it says of itself
+
+
+def test_info_names_versions_and_backends() -> None:
+    facts = fastflow.info()
+    assert facts["fastflow"] == fastflow.__version__
+    assert facts["torch"] == torch.__version__
+    assert set(facts["backends"]) >= {"cpp", "cuda", "triton", "reference"}
+    assert facts["backends"]["reference"]["reason"] is None
+    for backend in facts["backends"].values():
+        assert (backend["reason"] is None) == bool(backend["devices"])
+
+
+def test_every_reason_comes_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(native._reasons, "cpp", "not built: no C++ compiler (c++)")
+    told = diagnostics.report()
+    assert "missing  not built: no C++ compiler (c++)" in told
+    assert "-> install g++" in told
+
+
+def test_the_module_runs(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "fastflow"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert run.returncode == 0 and not run.stderr
+    lines = run.stdout.splitlines()
+    assert lines[0] == f"fastflow {fastflow.__version__}"
+    assert any(line.split()[:2] == ["reference", "ready"] for line in lines)
