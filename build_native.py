@@ -299,8 +299,10 @@ def build_cuda(torch: Torch, insist: bool, record: dict) -> dict[str, Path]:
     common += [part for folder in includes for part in ("-isystem", folder)]
     host = [f"-ccbin={cxx[0]}", *(f"-Xcompiler={flag}" for flag in cxx[1:])]
     codes = architecture_flags(nvcc)
-    device = [nvcc, *NVCC_FLAGS, *host, *codes, f"--threads={_jobs()}"]
-    jobs = [([*device, "-Icsrc"], source) for source in sorted(CSRC.glob("*/*.cu"))]
+    kernels = sorted(CSRC.glob("*/*.cu"))
+    threads = max(1, _jobs() // max(1, len(kernels)))  # nvcc's own, one per architecture
+    device = [nvcc, *NVCC_FLAGS, *host, *codes, f"--threads={threads}", "-Icsrc"]
+    jobs = [(device, source) for source in kernels]
     jobs += [(common, source) for source in sorted(CSRC.glob("*/*_bind.cpp"))]
     objects = _compile(jobs, "cuda")
     library = _link(cxx, objects, [find_cudart(includes, torch, major)], torch, "cuda")

@@ -125,10 +125,11 @@ def contenders(case: Case, direction: str, device: str) -> list[str]:
     names = [LIBRARY + name for name in BACKENDS[device]]
     if case.B * case.D * case.K <= REFERENCE_LIMIT:
         names.append(LIBRARY + "reference")
-    names += ["eager", "compile"]
-    if direction != "inverse":  # no peer has one: the baseline is Newton's method in plain PyTorch
-        names += ["pyro"] if case.amortised else ["normflows", "pyro"]
-    return names
+    names.append("eager")
+    if direction == "inverse":  # no peer has one: the baseline is Newton's method in plain PyTorch
+        return [*names, "compile"]
+    names += ["hoisted", "compile"]
+    return [*names, "pyro"] if case.amortised else [*names, "normflows", "pyro"]
 
 
 def absence(contender: str, device: torch.device) -> str | None:
@@ -138,7 +139,7 @@ def absence(contender: str, device: torch.device) -> str | None:
         return reason and f"{contender}: {reason}"
     if contender == "compile":
         return peers.compile_missing(device)
-    return None if contender == "eager" else peers.missing(contender)
+    return None if contender in ("eager", "hoisted") else peers.missing(contender)
 
 
 def builder(contender: str, inputs: peers.Parameters, inverse: bool) -> Callable[[], peers.Chain]:
@@ -150,9 +151,11 @@ def builder(contender: str, inputs: peers.Parameters, inverse: bool) -> Callable
         in_force = partial(fastflow.use_backend, backend)
         return partial(peers.of_function, function, inputs, in_force)
     plain = peers.eager_planar_inverse if inverse else peers.eager_planar
+    best = peers.eager_planar_inverse if inverse else peers.hoisted_planar
     return {
         "eager": partial(peers.of_function, plain, inputs),
-        "compile": partial(peers.compiled, plain, inputs),
+        "hoisted": partial(peers.of_function, best, inputs),
+        "compile": partial(peers.compiled, best, inputs),
         "normflows": partial(peers.normflows_planar, inputs),
         "pyro": partial(peers.pyro_planar, inputs),
     }[contender]

@@ -14,7 +14,7 @@ import torch
 from peers import Chain
 from torch import Tensor
 
-BASELINES = ("eager", "compile", "normflows", "pyro")
+BASELINES = ("eager", "hoisted", "compile", "normflows", "pyro")
 WITH_GRADIENTS = ("backward", "forward_backward")
 
 EFFORTS = {

@@ -14,8 +14,14 @@ from runs import DIRECTIONS, RIVALS, Run
 
 matplotlib.use("Agg")
 
-COLOURS = {"eager": "#4c72b0", "compile": "#dd8452", "normflows": "#55a868", "pyro": "#8172b3"}
-MARKERS = {"eager": "o", "compile": "s", "normflows": "^", "pyro": "D"}
+COLOURS = {
+    "eager": "#4c72b0",
+    "hoisted": "#64b5cd",
+    "compile": "#dd8452",
+    "normflows": "#55a868",
+    "pyro": "#8172b3",
+}
+MARKERS = {"eager": "o", "hoisted": "v", "compile": "s", "normflows": "^", "pyro": "D"}
 
 
 def plot(run: Run, op: str, path: Path) -> None:

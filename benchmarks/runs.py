@@ -8,6 +8,7 @@ from pathlib import Path
 
 RIVALS = {
     "eager": "PyTorch",
+    "hoisted": "PyTorch, hoisted",
     "compile": "torch.compile",
     "normflows": "normflows",
     "pyro": "Pyro",

@@ -67,12 +67,12 @@ def report() -> str:
         "backends",
     ]
     for name, backend in facts["backends"].items():
+        library = f"; {backend['library']}" if backend["library"] else ""
         if backend["reason"] is None:
             where = f"{' and '.join(backend['devices'])} tensors"
-            library = f", {backend['library']}" if backend["library"] else ""
             lines.append(f"  {name:<10} ready    {where}{library}")
         else:
-            lines.append(f"  {name:<10} missing  {backend['reason']}")
+            lines.append(f"  {name:<10} missing  {backend['reason']}{library}")
             if backend["remedy"]:
                 lines.append(f"  {'':<10}          -> {backend['remedy']}")
     return "\n".join(lines)

@@ -6,10 +6,17 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+_BATCHED = torch._C._dispatch_key_parse("Batched")
+
 
 def functorch_active() -> bool:
     """Whether vmap, grad, jvp or another torch.func transform is running."""
     return torch._C._are_functorch_transforms_active()
+
+
+def batched(tensor: Tensor) -> bool:
+    """Whether a tensor stands for several: a cotangent of autograd.grad(is_grads_batched=True)."""
+    return torch._C._dispatch_keys(tensor).has(_BATCHED)
 
 
 def transforms_active() -> bool:

@@ -8,7 +8,10 @@ from torch.autograd.function import FunctionCtx
 
 from fastflow import backends
 from fastflow.reference import planar_flow as reference
-from fastflow.transforms import forward_mode_active, functorch_active
+from fastflow.transforms import batched, forward_mode_active, functorch_active
+
+FORWARD = {False: "planar_flow_forward", True: "planar_flow_inverse"}
+BACKWARD = {False: "planar_flow_backward", True: "planar_flow_inverse_backward"}
 
 
 class PlanarFlow(torch.autograd.Function):
@@ -21,8 +24,7 @@ class PlanarFlow(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx, z: Tensor, w: Tensor, u: Tensor, b: Tensor, centred: bool, inverse: bool
     ) -> tuple[Tensor, Tensor]:
-        op = "planar_flow_inverse" if inverse else "planar_flow_forward"
-        out, ladj, a = backends.call(op, z, w, u, b, centred)
+        out, ladj, a = backends.call(FORWARD[inverse], z, w, u, b, centred)
         ctx.save_for_backward(z, out, w, u, b, a)
         ctx.set_materialize_grads(False)
         # backward may run on another thread, where use_backend is not in force
@@ -38,15 +40,16 @@ class PlanarFlow(torch.autograd.Function):
             return (None,) * 6
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return (*differentiable_vjp(ctx, d_out, dladj), None, None)
+        backend = ctx.backend
+        if not torch.compiler.is_compiling() and (
+            functorch_active() or batched(dladj if d_out is None else d_out)
+        ):
+            backend = "reference"  # plain PyTorch operations, which vmap knows
         d_out = torch.zeros_like(out) if d_out is None else d_out.contiguous()
         dladj = z.new_zeros(z.shape[0]) if dladj is None else dladj.contiguous()
-        op = "planar_flow_inverse_backward" if ctx.inverse else "planar_flow_backward"
-        # vmap over cotangents (is_grads_batched) needs plain PyTorch operations
-        backend = "reference" if functorch_active() else ctx.backend
         param_grads = any(ctx.needs_input_grad[1:4])
-        grads = backends.call(
-            op, d_out, dladj, z, out, w, u, a, ctx.centred, param_grads, name=backend
-        )
+        arguments = (d_out, dladj, z, out, w, u, a, ctx.centred, param_grads)
+        grads = backends.call(BACKWARD[ctx.inverse], *arguments, name=backend)
         if param_grads:
             return (*grads, None, None)
         return grads[0], None, None, None, None, None
@@ -78,7 +81,12 @@ def planar_flow(
         functorch_active()
         or forward_mode_active(z, w, u, b)
         or not (w.numel() and z.numel())
-        or (torch.compiler.is_compiling() and not backends.traceable("planar_flow_forward", z))
+        or (torch.compiler.is_compiling() and not backends.traceable(FORWARD[inverse], z))
     ):
         return reference.run_chain(z, w, u, b, centred, inverse)[:2]
+    if not (
+        torch.is_grad_enabled()
+        and (z.requires_grad or w.requires_grad or u.requires_grad or b.requires_grad)
+    ):
+        return backends.call(FORWARD[inverse], z, w, u, b, centred)[:2]
     return PlanarFlow.apply(z, w, u, b, centred, inverse)
