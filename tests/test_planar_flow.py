@@ -127,6 +127,18 @@ def test_double_backward(target: Target, direction: object, shared: bool) -> Non
         torch.testing.assert_close(leaf.grad, expected, rtol=1e-9, atol=1e-9)
 
 
+def test_double_backward_where_parameters_depend_on_z(target: Target) -> None:
+    """What the parameters pass on to z is theirs to pass on, once."""
+    z, w, u, b = problem(3, 2, 2, False, device=target.device)
+    results = []
+    for function in (planar_flow, planar_chain):
+        mixed = w + z.sin()[:, None, :]
+        (dz,) = torch.autograd.grad(loss(function(z, mixed, u, b)), z, create_graph=True)
+        results.append((dz, *torch.autograd.grad(dz.square().sum(), (z, w, u, b))))
+    for one, other in zip(*results):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("shared", KINDS)
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (0, 2), (1, 3), (0, 1, 2, 3)])
 @pytest.mark.parametrize("output", [0, 1])

@@ -26,45 +26,40 @@ class PlanarFlow(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         out, ladj, a = backends.call(FORWARD[inverse], z, w, u, b, centred)
         ctx.save_for_backward(z, out, w, u, b, a)
-        ctx.set_materialize_grads(False)
-        # backward may run on another thread, where use_backend is not in force
+        # backward may run when use_backend is no longer in force
         ctx.centred, ctx.inverse, ctx.backend = centred, inverse, backends.current()
         return out, ladj
 
     @staticmethod
-    def backward(
-        ctx: FunctionCtx, d_out: Tensor | None, dladj: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        z, out, w, u, _, a = ctx.saved_tensors
-        if d_out is None and dladj is None:
-            return (None,) * 6
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return (*differentiable_vjp(ctx, d_out, dladj), None, None)
+    def backward(ctx: FunctionCtx, d_out: Tensor, dladj: Tensor) -> tuple[Tensor | None, ...]:
+        z, out, w, u, b, a = ctx.saved_tensors
         backend = ctx.backend
-        if not torch.compiler.is_compiling() and (
-            functorch_active() or batched(dladj if d_out is None else d_out)
-        ):
-            backend = "reference"  # plain PyTorch operations, which vmap knows
-        d_out = torch.zeros_like(out) if d_out is None else d_out.contiguous()
-        dladj = z.new_zeros(z.shape[0]) if dladj is None else dladj.contiguous()
+        if not torch.compiler.is_compiling():
+            if torch.is_grad_enabled():
+                inputs = (z, w, u, b)
+                return (*differentiable_vjp(ctx, inputs, (d_out, dladj)), None, None)
+            if functorch_active() or batched(d_out):
+                backend = "reference"  # plain PyTorch operations, which vmap knows
         param_grads = any(ctx.needs_input_grad[1:4])
-        arguments = (d_out, dladj, z, out, w, u, a, ctx.centred, param_grads)
-        grads = backends.call(BACKWARD[ctx.inverse], *arguments, name=backend)
+        grads = backends.call(
+            BACKWARD[ctx.inverse],
+            *(d_out.contiguous(), dladj.contiguous(), z, out, w, u, a, ctx.centred, param_grads),
+            name=backend,
+        )
         if param_grads:
             return (*grads, None, None)
         return grads[0], None, None, None, None, None
 
 
 def differentiable_vjp(
-    ctx: FunctionCtx, d_out: Tensor | None, dladj: Tensor | None
+    ctx: FunctionCtx, inputs: tuple[Tensor, ...], cotangents: tuple[Tensor, Tensor]
 ) -> list[Tensor | None]:
     """The backward pass as a graph of its own, for derivatives of derivatives."""
-    z, _, w, u, b, _ = ctx.saved_tensors
-    wanted = [tensor for tensor, needed in zip((z, w, u, b), ctx.needs_input_grad) if needed]
-    out, ladj, _ = reference.run_chain(z, w, u, b, ctx.centred, ctx.inverse)
-    pairs = [(o, g) for o, g in ((out, d_out), (ladj, dladj)) if g is not None]
-    outputs, cotangents = zip(*pairs)
-    grads = iter(torch.autograd.grad(outputs, wanted, cotangents, create_graph=True))
+    # aliases: a parameter computed from z must not bring its own gradient to that of z
+    inputs = [tensor.view_as(tensor) for tensor in inputs]
+    wanted = [tensor for tensor, needed in zip(inputs, ctx.needs_input_grad) if needed]
+    out, ladj, _ = reference.run_chain(*inputs, ctx.centred, ctx.inverse)
+    grads = iter(torch.autograd.grad((out, ladj), wanted, cotangents, create_graph=True))
     return [next(grads) if needed else None for needed in ctx.needs_input_grad[:4]]
 
 
