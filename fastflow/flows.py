@@ -74,6 +74,10 @@ class Flow(nn.Module):
         zeros = self._anchor.new_zeros(self.features)
         return Independent(Normal(zeros, zeros + 1, validate_args=False), 1, validate_args=False)
 
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """`log_prob`, under the name that wrappers such as DistributedDataParallel call."""
+        return self.log_prob(x, context)
+
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         r"""The log-density at x.
 
@@ -123,5 +127,7 @@ class Flow(nn.Module):
     def _draw(
         self, draw: Callable[[torch.Size], Tensor], shape: Sequence[int], context: Tensor | None
     ) -> Tensor:
+        if not isinstance(shape, Sequence):
+            raise TypeError(f"Flow: shape is {shape!r}, must be a sequence of integers, e.g. (10,)")
         batch = () if context is None else context.shape[:-1]
         return draw(torch.Size((*shape, *batch)))

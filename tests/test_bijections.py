@@ -158,6 +158,13 @@ def test_reprs_name_what_matters() -> None:
             ValueError,
             r"context has shape \(1, 4\), must be \(..., 3\)",
         ),
+        (
+            lambda: ConditionalPlanarFlow(2, 3)(torch.zeros(5, 2), torch.zeros(4, 3)),
+            ValueError,
+            r"context has shape \(4, 3\), whose batch does not broadcast",
+        ),
+        (lambda: ConditionalPlanarFlow(2, 3, 1, 32), TypeError, "hidden_features is 32"),
+        (lambda: Permutation([1.0, 0.0]), TypeError, "order is torch.float32"),
         (lambda: Chain(), ValueError, "bijections is empty"),
         (lambda: Chain(torch.nn.Identity()), TypeError, "bijection 0 is a Identity"),
         (lambda: Chain(PlanarFlow(2), PlanarFlow(3)), ValueError, "bijection 1 has 3 features"),

@@ -73,6 +73,7 @@ def test_default_base_follows_the_module() -> None:
     [
         (lambda: Flow(torch.nn.Identity()), TypeError, "bijection is a Identity"),
         (lambda: Flow(PlanarFlow(2), 3), TypeError, "base is a int"),
+        (lambda: Flow(PlanarFlow(2)).sample(10), TypeError, "shape is 10, must be a sequence"),
         (lambda: Flow(PlanarFlow(2), Normal(0.0, 1.0)), ValueError, r"event shape \(\)"),
         (
             lambda: Flow(PlanarFlow(2), MultivariateNormal(torch.zeros(3), torch.eye(3))),

@@ -49,23 +49,12 @@ def _train_distributed(rank: int, port: int, queue: multiprocessing.Queue) -> No
     )
     torch.manual_seed(0)
     flow = fastflow.Flow(fastflow.Inverse(fastflow.PlanarFlow(2, steps=4)))
-    model = torch.nn.parallel.DistributedDataParallel(LogProb(flow))
+    model = torch.nn.parallel.DistributedDataParallel(flow)
     data = torch.randn(64, 2)
     model(data[rank::2]).mean().backward()
     queue.put((rank, [p.grad.numpy() for p in flow.parameters()]))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-
-
-class LogProb(torch.nn.Module):
-    """A flow whose forward is its log-density, as DistributedDataParallel wants it."""
-
-    def __init__(self, flow: fastflow.Flow) -> None:
-        super().__init__()
-        self.flow = flow
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.flow.log_prob(x)
 
 
 @pytest.mark.timeout(180)

@@ -113,6 +113,7 @@ class Permutation(Bijection):
         order: a permutation of 0 .. D-1, as a sequence or an integer tensor. It is a buffer.
 
     Raises:
+        TypeError: it does not hold integers.
         ValueError: it is not a permutation.
 
     Example:
@@ -126,6 +127,8 @@ class Permutation(Bijection):
     def __init__(self, order: Sequence[int] | Tensor) -> None:
         super().__init__()
         order = torch.as_tensor(order)
+        if order.numel() and (order.is_floating_point() or order.dtype == torch.bool):
+            raise TypeError(f"Permutation: order is {order.dtype}, must hold integers")
         count = torch.arange(order.numel(), device=order.device)
         if order.dim() != 1 or not order.numel() or not torch.equal(order.sort().values, count):
             raise ValueError(

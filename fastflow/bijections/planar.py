@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as nnf
 
 from fastflow.bijections.base import Bijection, check_features, positive_int
 from fastflow.functional.planar_flow import CONSTRAINTS, planar_flow, planar_flow_inverse
@@ -20,7 +21,7 @@ class PlanarFlow(Bijection):
         z_k = z_{k-1} + \hat u_k \tanh(w_k^\top z_{k-1} + b_k), \qquad
         \mathrm{ladj} = \sum_k \log\left(1 + \operatorname{sech}^2(a_k)\, w_k^\top \hat u_k\right)
 
-    It starts near the identity: w has rows of length about 1, b = 0, and u is such that
+    It starts near the identity: w has rows of length 1, b = 0, and u is such that
     :math:`\hat u_k` is small (at w·u = ln(e - 1) under "paper", at w·u = 0 under "centred",
     :math:`w^\top \hat u = 0`).
 
@@ -59,7 +60,7 @@ class PlanarFlow(Bijection):
     def reset_parameters(self) -> None:
         """Draws the parameters anew, near the identity."""
         with torch.no_grad():
-            self.w.normal_(0, 1 / math.sqrt(self.features))
+            self.w.copy_(nnf.normalize(torch.randn_like(self.w), dim=-1))
             self.u.normal_(0, 0.01 / math.sqrt(self.features))
             self.u += identity_direction(self.w, self.constraint)
             self.b.zero_()
@@ -116,6 +117,8 @@ class ConditionalPlanarFlow(Bijection):
         self.context_features = positive_int(owner, "context_features", context_features)
         self.steps = positive_int(owner, "steps", steps)
         self.constraint = check_constraint(owner, constraint)
+        if not isinstance(hidden_features, Sequence):
+            raise TypeError(f"{owner}: hidden_features is {hidden_features!r}, must be a sequence")
         widths = [context_features]
         widths += [positive_int(owner, "hidden_features", width) for width in hidden_features]
         layers: list[nn.Module] = []
@@ -127,7 +130,7 @@ class ConditionalPlanarFlow(Bijection):
 
     def _start_near_identity(self) -> None:
         last = self.network[-1]
-        w = torch.randn(self.steps, self.features) / math.sqrt(self.features)
+        w = nnf.normalize(torch.randn(self.steps, self.features), dim=-1)
         u = identity_direction(w, self.constraint)
         with torch.no_grad():
             last.weight.mul_(0.01)
@@ -148,18 +151,27 @@ class ConditionalPlanarFlow(Bijection):
         shape = (self.steps, self.features)
         return w.unflatten(-1, shape), u.unflatten(-1, shape), b
 
-    def _required(self, context: Tensor | None) -> Tensor:
-        if context is None:
+    def _parameters_for(self, points: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
+        owner = "ConditionalPlanarFlow"
+        if not isinstance(context, Tensor):
+            got = "None" if context is None else f"a {type(context).__name__}"
             raise ValueError(
-                f"ConditionalPlanarFlow: context is None, must be (*batch, {self.context_features})"
+                f"{owner}: context is {got}, must be a tensor (*batch, {self.context_features})"
             )
-        return context
+        try:
+            torch.broadcast_shapes(points.shape[:-1], context.shape[:-1])
+        except RuntimeError:
+            raise ValueError(
+                f"{owner}: context has shape {tuple(context.shape)}, whose batch does not "
+                f"broadcast with that of the points, {tuple(points.shape)}"
+            ) from None
+        return self.parameters_of(context)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return planar_flow(x, *self.parameters_of(self._required(context)), self.constraint)
+        return planar_flow(x, *self._parameters_for(x, context), self.constraint)
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return planar_flow_inverse(y, *self.parameters_of(self._required(context)), self.constraint)
+        return planar_flow_inverse(y, *self._parameters_for(y, context), self.constraint)
 
     def extra_repr(self) -> str:
         return (

@@ -122,14 +122,16 @@ def _download(name: str, root: Path) -> None:
         from torchvision import datasets
     except (ImportError, RuntimeError, OSError) as error:
         raise VaeError(
-            f"{name}: no files in {root} and no torchvision ({_one_line(error)}); {ways_out}"
+            f"{name}: not all files are in {root} and no torchvision ({_one_line(error)}); "
+            f"{ways_out}"
         ) from error
     try:
         for train in (True, False):
             getattr(datasets, FOLDERS[name])(str(root), train=train, download=True)
     except (RuntimeError, OSError) as error:
         raise VaeError(
-            f"{name}: no files in {root} and the download failed ({_one_line(error)}); {ways_out}"
+            f"{name}: not all files are in {root} and the download failed ({_one_line(error)}); "
+            f"{ways_out}"
         ) from error
 
 

@@ -10,8 +10,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as nnf
 
 from fastflow import PlanarFlow
+from fastflow.bijections.planar import identity_direction
 from fastflow.functional import planar_flow, planar_flow_inverse
 from fastflow.vae.objectives import (
     diagonal_normal_log_prob,
@@ -123,8 +125,18 @@ class PlanarPosterior(Posterior):
             self.w = nn.Linear(in_features, steps * latent)
             self.u = nn.Linear(in_features, steps * latent)
             self.b = nn.Linear(in_features, steps)
+            self._start_near_identity()
         else:
             self.flow = PlanarFlow(latent, steps, constraint)
+
+    def _start_near_identity(self) -> None:
+        """u_hat grows without bound as w vanishes: start with w of length 1 and u_hat of 0."""
+        w = nnf.normalize(torch.randn(self.steps, self.latent), dim=-1)
+        starts = (w, identity_direction(w, self.constraint), torch.zeros(self.steps))
+        with torch.no_grad():
+            for layer, start in zip((self.w, self.u, self.b), starts, strict=True):
+                layer.weight.mul_(0.1)
+                layer.bias.copy_(start.flatten())
 
     def forward(self, h: Tensor, noise: Tensor) -> Draw:
         z_0, log_q0 = self._base(h, noise)
