@@ -26,15 +26,19 @@ class Backend:
 
     Arguments:
         name: what `use_backend` takes.
-        devices: device types it serves, in no order.
+        devices: device types it serves, in no order; None if it serves any.
         probe: None if it works here, else the reason why not, in one line.
         locate: the function of an op by its name; heavy imports happen here, not before.
     """
 
     name: str
-    devices: tuple[str, ...]
+    devices: tuple[str, ...] | None
     probe: Callable[[], str | None]
     locate: Callable[[str], Callable]
+
+    def serves(self, device: str) -> bool:
+        """Whether tensors of a device type are among those it takes."""
+        return self.devices is None or device in self.devices
 
 
 _registry: dict[str, Backend] = {}
@@ -49,10 +53,11 @@ def register(backend: Backend, automatic: tuple[str, ...] | None = None) -> None
 
     Arguments:
         backend: the backend.
-        automatic: devices for which it may be chosen automatically; all of its devices by default.
+        automatic: devices for which it may be chosen automatically; all that it names by default.
+            The reference needs none: it is the last resort on every device.
     """
     _registry[backend.name] = backend
-    for device in backend.devices if automatic is None else automatic:
+    for device in backend.devices or () if automatic is None else automatic:
         _order.setdefault(device, []).append(backend.name)
     _selected.clear()
 
@@ -69,14 +74,18 @@ def status(name: str) -> str | None:
 
 def available(device: str = "cpu") -> list[str]:
     """The backends that work here for a device type, the automatic choice first."""
-    automatic = _order.get(device, [])
-    others = [b.name for b in _registry.values() if device in b.devices and b.name not in automatic]
+    automatic = [*_order.get(device, []), "reference"]
+    others = [b.name for b in _registry.values() if b.serves(device) and b.name not in automatic]
     return [name for name in [*automatic, *others] if status(name) is None]
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run the enclosed calls, in all threads, with one backend, or raise if it cannot be had.
+    """Run the enclosed calls with one backend, or raise if it cannot be had.
+
+    The choice is that of the whole process: while the block lasts, calls of other threads follow it
+    too. Blocks nest; those of several threads must not overlap. A backward pass runs on the choice
+    that was in force in its forward pass, wherever and whenever it runs.
 
     Arguments:
         name: "reference", "cpp", "triton" or "cuda".
@@ -110,17 +119,17 @@ def current() -> str | None:
     return _chosen
 
 
-def call(op: str, *args: object, name: str | None = None) -> tuple[Tensor, ...]:
+def call(op: str, *args: object, name: str | None) -> tuple[Tensor, ...]:
     """Compute an op, from inside the autograd Function that knows its derivative.
 
     Arguments:
         op: the op's name, e.g. "planar_flow_forward".
         args: its arguments; the device of the first, a tensor, decides.
-        name: a backend, instead of the one in force.
+        name: a backend, or None for the automatic choice; forward passes say `current()`.
     """
     if torch.compiler.is_compiling():
         return _registered_op(op)(*args)
-    function = _find(op, args[0].device.type, name or _chosen)
+    function = _find(op, args[0].device.type, name)
     # raw ops refuse to be differentiated; here that is taken care of
     with torch._C._AutoDispatchBelowAutograd():
         return function(*args)
@@ -143,9 +152,9 @@ def _find(op: str, device: str, name: str | None) -> Callable:
     function = _selected.get(key)
     if function is None:
         backend = _automatic(op, device) if name is None else _registry[name]
-        if device not in backend.devices:
+        if not backend.serves(device):
             raise RuntimeError(
-                f"{op}: backend {name} serves {' and '.join(backend.devices)} tensors, "
+                f"{op}: backend {backend.name} serves {' and '.join(backend.devices)} tensors, "
                 f"these are on {device}"
             )
         function = _selected[key] = backend.locate(op)
@@ -196,5 +205,5 @@ register(
     automatic=("cuda",),
 )
 register(
-    Backend("reference", ("cpu", "cuda"), lambda: None, _from_module("fastflow.reference")),
+    Backend("reference", None, lambda: None, _from_module("fastflow.reference")),
 )

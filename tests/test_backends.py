@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import threading
+import warnings
 
 import pytest
 import torch
+from oracle import problem
 
 import fastflow
 from fastflow import backends
 from fastflow.backends import Backend
+from fastflow.functional import planar_flow, planar_flow_inverse
 
 
 @pytest.fixture
@@ -47,7 +50,6 @@ def test_unknown_backend_is_refused() -> None:
 def test_explicit_choice_raises_where_automatic_falls_back() -> None:
     backends._order["cpu"] = []
     backends.register(Backend("broken", ("cpu",), lambda: "its library is missing", None))
-    backends.register(backends._registry["reference"])
     with pytest.raises(RuntimeError, match="broken is not available: its library is missing"):
         with fastflow.use_backend("broken"):
             pass
@@ -61,11 +63,22 @@ def test_explicit_choice_raises_where_automatic_falls_back() -> None:
 
 
 @pytest.mark.usefixtures("registry")
-@pytest.mark.filterwarnings("error")
 def test_fallback_warns_once_and_only_when_it_happens() -> None:
-    backends._order["cpu"] = ["reference"]
+    def warnings_of_two_flows() -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                backends._selected.clear()  # as for another op: each looks for a backend again
+                fastflow.PlanarFlow(2)(torch.zeros(3, 2))
+        return [str(warning.message) for warning in caught]
+
+    backends._order["cpu"] = []
+    backends.register(backends._registry["reference"], automatic=("cpu",))
     backends.register(Backend("broken", ("cpu",), lambda: "absent", None))
-    fastflow.PlanarFlow(2)(torch.zeros(3, 2))
+    assert warnings_of_two_flows() == []  # the first in order works
+    backends._order["cpu"].reverse()
+    (message,) = warnings_of_two_flows()
+    assert "the broken backend is not available for cpu tensors (absent)" in message
 
 
 @pytest.mark.usefixtures("registry")
@@ -74,24 +87,55 @@ def test_backend_for_another_device_is_refused() -> None:
     with pytest.raises(RuntimeError, match="elsewhere serves meta tensors, these are on cpu"):
         with fastflow.use_backend("elsewhere"):
             fastflow.PlanarFlow(2)(torch.zeros(3, 2))
+    backends._order["cpu"] = ["elsewhere"]
+    with pytest.raises(RuntimeError, match="backend elsewhere serves meta tensors"):
+        fastflow.PlanarFlow(2)(torch.zeros(3, 2))
+
+
+@pytest.mark.parametrize("direction", [planar_flow, planar_flow_inverse])
+def test_the_reference_serves_any_device(direction: object) -> None:
+    """Shown on one that no kernel serves."""
+    assert backends.available("meta") == ["reference"]
+    leaves = [leaf.detach().requires_grad_() for leaf in problem(5, 3, 2, True, device="meta")]
+    out, ladj = direction(*leaves)
+    assert out.device.type == "meta" and out.shape == (5, 3) and ladj.shape == (5,)
+    grads = torch.autograd.grad(out.sum() + ladj.sum(), leaves)
+    assert [grad.shape for grad in grads] == [leaf.shape for leaf in leaves]
+
+
+def spied(calls: list[str], name: str) -> Backend:
+    """The reference under another name, which notes what it computes."""
+
+    def locate(op: str) -> object:
+        calls.append(f"{name} {op}")
+        return backends._registry["reference"].locate(op)
+
+    return Backend(name, ("cpu",), lambda: None, locate)
 
 
 @pytest.mark.usefixtures("registry")
 def test_backward_uses_the_backend_of_its_forward() -> None:
     """Also on another thread, and after `use_backend` has ended."""
-    calls = []
-    reference = backends._registry["reference"]
-
-    def locate(op: str) -> object:
-        calls.append(op)
-        return reference.locate(op)
-
-    backends.register(Backend("spy", ("cpu",), lambda: None, locate), automatic=())
+    calls: list[str] = []
+    backends.register(spied(calls, "spy"), automatic=())
     x = torch.zeros(3, 2, requires_grad=True)
     with fastflow.use_backend("spy"):
         y, ladj = fastflow.PlanarFlow(2)(x)
     thread = threading.Thread(target=(y.sum() + ladj.sum()).backward)
     thread.start()
     thread.join()
-    assert calls == ["planar_flow_forward", "planar_flow_backward"]
+    assert calls == ["spy planar_flow_forward", "spy planar_flow_backward"]
     assert x.grad is not None
+
+
+@pytest.mark.usefixtures("registry")
+def test_backward_of_an_automatic_forward_is_automatic_too() -> None:
+    """Whatever `use_backend` is in force by then."""
+    calls: list[str] = []
+    backends._order["cpu"] = []
+    backends.register(spied(calls, "first"))
+    backends.register(spied(calls, "other"), automatic=())
+    y, ladj = fastflow.PlanarFlow(2)(torch.zeros(3, 2, requires_grad=True))
+    with fastflow.use_backend("other"):
+        (y.sum() + ladj.sum()).backward()
+    assert calls == ["first planar_flow_forward", "first planar_flow_backward"]

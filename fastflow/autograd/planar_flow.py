@@ -24,10 +24,11 @@ class PlanarFlow(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx, z: Tensor, w: Tensor, u: Tensor, b: Tensor, centred: bool, inverse: bool
     ) -> tuple[Tensor, Tensor]:
-        out, ladj, a = backends.call(FORWARD[inverse], z, w, u, b, centred)
+        backend = backends.current()
+        out, ladj, a = backends.call(FORWARD[inverse], z, w, u, b, centred, name=backend)
         ctx.save_for_backward(z, out, w, u, b, a)
-        # backward may run when use_backend is no longer in force
-        ctx.centred, ctx.inverse, ctx.backend = centred, inverse, backends.current()
+        # backward may run when another use_backend is in force, or none
+        ctx.centred, ctx.inverse, ctx.backend = centred, inverse, backend
         return out, ladj
 
     @staticmethod
@@ -83,5 +84,5 @@ def planar_flow(
         torch.is_grad_enabled()
         and (z.requires_grad or w.requires_grad or u.requires_grad or b.requires_grad)
     ):
-        return backends.call(FORWARD[inverse], z, w, u, b, centred)[:2]
+        return backends.call(FORWARD[inverse], z, w, u, b, centred, name=backends.current())[:2]
     return PlanarFlow.apply(z, w, u, b, centred, inverse)

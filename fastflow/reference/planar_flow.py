@@ -163,7 +163,7 @@ def solve_step(r: Tensor, s1: Tensor, s: Tensor) -> Tensor:
         close = (step - a).abs() <= 4 * torch.finfo(a.dtype).eps * a
         a = torch.where(settled, a, step)
         settled = settled | close
-        if not transforms_active() and bool(settled.all()):
+        if not (transforms_active() or settled.is_meta) and bool(settled.all()):
             break
     return a
 
