@@ -435,7 +435,11 @@ def test_runs_repeat_bitwise(target: Target, shared: bool) -> None:
         ({"u": torch.zeros(2, 4, dtype=torch.complex64)}, TypeError, "u is torch.complex64"),
         ({"w": [[1.0]]}, TypeError, "w is a list"),
         ({"w": torch.zeros(2, 4, device="meta")}, ValueError, "w is on meta, z is on cpu"),
-        ({"b": torch.zeros(7, 2)}, ValueError, "do not broadcast"),
+        (
+            {"b": torch.zeros(7, 2)},
+            ValueError,
+            r"batches do not broadcast: z \(5,\), w \(\), u \(\), b \(7,\)",
+        ),
         ({"constraint": "none"}, ValueError, "constraint is 'none'"),
     ],
 )

@@ -1,7 +1,8 @@
-"""Checks that every op makes of its arguments before anything is computed."""
+"""Checks that ops and layers make of their arguments before anything is computed."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -16,10 +17,24 @@ def check_tensors(op: str, **tensors: Tensor) -> None:
     device = None
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{op}: {name} is a {type(tensor).__name__}, must be a torch.Tensor")
+            got = "None" if tensor is None else f"a {type(tensor).__name__}"
+            raise TypeError(f"{op}: {name} is {got}, must be a torch.Tensor")
         if not tensor.is_floating_point():
             raise TypeError(f"{op}: {name} is {tensor.dtype}, must be a floating-point tensor")
         if device is None:
             device = tensor.device
         elif tensor.device != device:
             raise ValueError(f"{op}: {name} is on {tensor.device}, {first} is on {device}")
+
+
+def broadcast_batches(op: str, **batches: torch.Size) -> torch.Size:
+    """The batch shape to which the batches of all arguments broadcast.
+
+    Raises:
+        ValueError: they do not.
+    """
+    try:
+        return torch.broadcast_shapes(*batches.values())
+    except RuntimeError:
+        shown = ", ".join(f"{name} {tuple(batch)}" for name, batch in batches.items())
+        raise ValueError(f"{op}: these batches do not broadcast: {shown}") from None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastflow.autograd.planar_flow import planar_flow as apply_chain
-from fastflow.functional.checks import check_tensors
+from fastflow.functional.checks import broadcast_batches, check_tensors
 
 CONSTRAINTS = ("paper", "centred")
 
@@ -92,12 +92,21 @@ def planar_flow_inverse(
     return _run("planar_flow_inverse", z_K, w, u, b, constraint, inverse=True)
 
 
+def check_constraint(owner: str, constraint: str) -> str:
+    """The constraint, if there is one of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if constraint not in CONSTRAINTS:
+        raise ValueError(f"{owner}: constraint is {constraint!r}, must be one of {CONSTRAINTS}")
+    return constraint
+
+
 def _run(
     name: str, z: Tensor, w: Tensor, u: Tensor, b: Tensor, constraint: str, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    if constraint not in CONSTRAINTS:
-        raise ValueError(f"{name}: constraint is {constraint!r}, must be one of {CONSTRAINTS}")
-    centred = constraint == "centred"
+    centred = check_constraint(name, constraint) == "centred"
     if _as_kernels_take_them(z, w, u, b):
         return apply_chain(z, w, u, b, centred, inverse)
 
@@ -152,11 +161,8 @@ def _rows(
         return z, w, u, b, of_z[:-1]
     if len(z_batch) == 1 and of_w[:-2] == of_u[:-2] == of_b[:-1] == of_z[:-1]:
         return z, w, u, b, of_z[:-1]
-    try:
-        batch = torch.broadcast_shapes(of_z[:-1], of_w[:-2], of_u[:-2], of_b[:-1])
-    except RuntimeError:
-        shown = ", ".join(f"{key} {tuple(shape)}" for key, shape in shapes.items())
-        raise ValueError(f"{name}: the batches of these shapes do not broadcast: {shown}") from None
+    batches = (of_z[:-1], of_w[:-2], of_u[:-2], of_b[:-1])
+    batch = broadcast_batches(name, **dict(zip(shapes, batches, strict=True)))
     rows, (steps, features) = batch.numel(), of_w[-2:]
     z = z.expand(*batch, features).reshape(rows, features)
     w, u = (t.expand(*batch, steps, features).reshape(rows, steps, features) for t in (w, u))

@@ -7,13 +7,14 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
+from fastflow.functional.planar_flow import CONSTRAINTS
 from fastflow.vae.data import NAMES
 from fastflow.vae.errors import VaeError
 
 CHOICES = {
     "posterior": ("gaussian", "planar"),
     "data": NAMES,
-    "constraint": ("paper", "centred"),
+    "constraint": CONSTRAINTS,
     "likelihood": ("bernoulli", "gaussian"),
     "binarise": ("none", "dynamic"),
 }
