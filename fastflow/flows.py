@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 
-from fastflow.bijections.base import Bijection
+from fastflow.bijections.base import Bijection, refuse_context
+from fastflow.functional.checks import check_tensors
 
 
 class Flow(nn.Module):
@@ -23,7 +25,8 @@ class Flow(nn.Module):
     Arguments:
         bijection: f.
         base: any torch.distributions object with event shape (D,) and no batch shape; by default a
-            standard normal, on the parameters' device and in their type.
+            standard normal, on the device and in the type of the bijection's parameters, also
+            after `flow.to(...)`.
 
     Raises:
         TypeError: the bijection is not a `fastflow.Bijection`, or the base not a distribution.
@@ -58,8 +61,8 @@ class Flow(nn.Module):
                 )
         self.bijection = bijection
         self._base = base
-        # carries device and dtype for bijections that have neither parameters nor buffers
-        self.register_buffer("_anchor", torch.zeros(()), persistent=False)
+        # carries the device and dtype of the standard normal through .to(), quicker than a search
+        self.register_buffer("_anchor", _zero_like(bijection), persistent=False)
 
     @property
     def features(self) -> int:
@@ -129,5 +132,18 @@ class Flow(nn.Module):
     ) -> Tensor:
         if not isinstance(shape, Sequence):
             raise TypeError(f"Flow: shape is {shape!r}, must be a sequence of integers, e.g. (10,)")
-        batch = () if context is None else context.shape[:-1]
-        return draw(torch.Size((*shape, *batch)))
+        if context is None:
+            return draw(torch.Size(shape))
+        if not self.bijection.context_features:
+            refuse_context("Flow", context)
+        check_tensors("Flow", context=context)
+        return draw(torch.Size((*shape, *context.shape[:-1])))
+
+
+def _zero_like(module: nn.Module) -> Tensor:
+    """A scalar on the device of the module and, if it holds floating-point tensors, of its type."""
+    tensors = list(chain(module.parameters(), module.buffers()))
+    for tensor in tensors:
+        if tensor.is_floating_point():
+            return tensor.new_zeros(())
+    return torch.zeros((), device=tensors[0].device if tensors else None)

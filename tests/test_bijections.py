@@ -45,14 +45,20 @@ def bijection(request: pytest.FixtureRequest, target: Target) -> fastflow.Biject
     return bijections()[request.param].double().to(target.device)
 
 
+def random_context(bijection: fastflow.Bijection, *batch: int, **like: object) -> Tensor | None:
+    """A context of the size that the bijection takes, or None if it takes none."""
+    C = bijection.context_features
+    return torch.randn(*batch, C, **like) if C else None
+
+
 @pytest.fixture
-def points(target: Target) -> tuple[Tensor, Tensor]:
+def points(bijection: fastflow.Bijection, target: Target) -> tuple[Tensor, Tensor | None]:
     like = {"dtype": torch.float64, "device": target.device}
-    return torch.randn(5, D, **like), torch.randn(5, C, **like)
+    return torch.randn(5, D, **like), random_context(bijection, 5, **like)
 
 
 def test_inverse_undoes_forward(
-    bijection: fastflow.Bijection, points: tuple[Tensor, Tensor]
+    bijection: fastflow.Bijection, points: tuple[Tensor, Tensor | None]
 ) -> None:
     x, context = points
     y, ladj = bijection(x, context)
@@ -62,14 +68,15 @@ def test_inverse_undoes_forward(
 
 
 def test_ladj_is_the_log_determinant_of_the_jacobian(
-    bijection: fastflow.Bijection, points: tuple[Tensor, Tensor]
+    bijection: fastflow.Bijection, points: tuple[Tensor, Tensor | None]
 ) -> None:
     x, context = points
     for direction in (bijection, bijection.inverse):
         _, ladj = direction(x, context)
         for row in range(len(x)):
+            own = None if context is None else context[row]
             jacobian = torch.autograd.functional.jacobian(
-                lambda z, row=row, direction=direction: direction(z, context[row])[0], x[row]
+                lambda z, own=own, direction=direction: direction(z, own)[0], x[row]
             )
             torch.testing.assert_close(
                 ladj[row], torch.linalg.slogdet(jacobian)[1], rtol=1e-10, atol=1e-10
@@ -79,13 +86,16 @@ def test_ladj_is_the_log_determinant_of_the_jacobian(
 @pytest.mark.parametrize("batch", [(), (1,), (2, 3), (0,)])
 def test_batch_shapes(bijection: fastflow.Bijection, target: Target, batch: tuple) -> None:
     like = {"dtype": torch.float64, "device": target.device}
-    y, ladj = bijection(torch.randn(*batch, D, **like), torch.randn(*batch, C, **like))
+    context = random_context(bijection, *batch, **like)
+    y, ladj = bijection(torch.randn(*batch, D, **like), context)
     assert y.shape == (*batch, D) and ladj.shape == batch
-    y, ladj = bijection(torch.randn(2, *batch, D, **like), torch.randn(*batch, C, **like))
+    y, ladj = bijection(torch.randn(2, *batch, D, **like), context)
     assert y.shape == (2, *batch, D) and ladj.shape == (2, *batch)
 
 
-def test_copies_and_saves(bijection: fastflow.Bijection, points: tuple[Tensor, Tensor]) -> None:
+def test_copies_and_saves(
+    bijection: fastflow.Bijection, points: tuple[Tensor, Tensor | None]
+) -> None:
     x, context = points
     want = bijection(x, context)
     buffer = io.BytesIO()
@@ -109,9 +119,45 @@ def test_planar_starts_near_the_identity(steps: int, constraint: str) -> None:
         PlanarFlow(8, steps, constraint),
         ConditionalPlanarFlow(8, C, steps, (16,), constraint),
     ):
-        y, ladj = flow(x, torch.randn(100, C))
+        y, ladj = flow(x, random_context(flow, 100))
         assert (y - x).abs().max() < 0.2 and ladj.abs().max() < 0.5
         assert not torch.equal(y, x)
+
+
+def test_a_context_reaches_the_links_that_take_one() -> None:
+    conditional, plain = ConditionalPlanarFlow(D, C), PlanarFlow(D)
+    chain = Chain(plain, Chain(Inverse(conditional), Permutation([3, 2, 1, 0])))
+    assert [link.context_features for link in (conditional, plain, chain)] == [C, 0, C]
+    x, context = torch.randn(5, D), torch.randn(5, C)
+    between, first = plain(x)
+    want, second = conditional.inverse(between, context)
+    y, ladj = chain(x, context)
+    assert torch.equal(y, want.flip(-1)) and torch.equal(ladj, first + second)
+    torch.testing.assert_close(chain.inverse(y, context)[0], x, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "bijection",
+    [
+        PlanarFlow(2),
+        Permutation([1, 0]),
+        Inverse(PlanarFlow(2)),
+        Chain(PlanarFlow(2), Permutation([1, 0])),
+    ],
+    ids=lambda bijection: type(bijection).__name__,
+)
+def test_a_context_that_nothing_takes_is_refused(bijection: fastflow.Bijection) -> None:
+    x, context = torch.zeros(3, 2), torch.zeros(3, 1)
+    flow = fastflow.Flow(bijection)
+    for call in (
+        lambda: bijection(x, context),
+        lambda: bijection.inverse(x, context),
+        lambda: flow.log_prob(x, context),
+        lambda: flow.sample((1,), context),
+        lambda: flow.rsample_and_log_prob((1,), context),
+    ):
+        with pytest.raises(TypeError, match="context is a Tensor, must be None"):
+            call()
 
 
 def test_planar_trains() -> None:
@@ -137,6 +183,28 @@ def test_permutation_loads_another_order() -> None:
     assert torch.equal(permutation(x)[0], other(x)[0])
 
 
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        (torch.tensor([0, 0, 1]), r"order is \[0, 0, 1\], must hold each of"),
+        (torch.tensor([2.0, 1.0, 0.0]), "order is torch.float32"),
+        (torch.tensor([1, 0]), "size mismatch for 1.order"),
+    ],
+)
+def test_permutation_refuses_to_load_what_is_none(order: Tensor, message: str) -> None:
+    layers = torch.nn.Sequential(PlanarFlow(3), Permutation([2, 0, 1]))
+    with pytest.raises(RuntimeError, match=message):
+        layers.load_state_dict(layers.state_dict() | {"1.order": order})
+    assert layers[1].order.tolist() == [2, 0, 1] and layers[1].inverse_order.tolist() == [1, 2, 0]
+
+
+def test_permutation_keeps_an_order_of_its_own() -> None:
+    order = torch.tensor([1, 0])
+    permutation = Permutation(order)
+    order.zero_()
+    assert permutation.order.tolist() == [1, 0]
+
+
 def test_reprs_name_what_matters() -> None:
     assert "features=4, steps=3, constraint='centred'" in repr(PlanarFlow(4, 3, "centred"))
     assert "context_features=2" in repr(ConditionalPlanarFlow(4, 2))
@@ -152,7 +220,26 @@ def test_reprs_name_what_matters() -> None:
         (lambda: PlanarFlow(2, constraint="x"), ValueError, "constraint is 'x'"),
         (lambda: ConditionalPlanarFlow(2, 0), ValueError, "context_features is 0"),
         (lambda: ConditionalPlanarFlow(2, 3, 1, (0,)), ValueError, "hidden_features is 0"),
-        (lambda: ConditionalPlanarFlow(2, 3)(torch.zeros(1, 2)), ValueError, "context is None"),
+        (
+            lambda: ConditionalPlanarFlow(2, 3)(torch.zeros(1, 2)),
+            TypeError,
+            "ConditionalPlanarFlow: context is None, must be a torch.Tensor",
+        ),
+        (
+            lambda: ConditionalPlanarFlow(2, 3)(torch.zeros(1, 2), [0.0] * 3),
+            TypeError,
+            "ConditionalPlanarFlow: context is a list, must be a torch.Tensor",
+        ),
+        (
+            lambda: ConditionalPlanarFlow(2, 3).inverse([0.0] * 2, torch.zeros(3)),
+            TypeError,
+            "ConditionalPlanarFlow: y is a list, must be a torch.Tensor",
+        ),
+        (
+            lambda: ConditionalPlanarFlow(2, 3).parameters_of(torch.zeros(3, dtype=torch.int64)),
+            TypeError,
+            "ConditionalPlanarFlow: context is torch.int64, must be a floating-point tensor",
+        ),
         (
             lambda: ConditionalPlanarFlow(2, 3)(torch.zeros(1, 2), torch.zeros(1, 4)),
             ValueError,
@@ -161,13 +248,20 @@ def test_reprs_name_what_matters() -> None:
         (
             lambda: ConditionalPlanarFlow(2, 3)(torch.zeros(5, 2), torch.zeros(4, 3)),
             ValueError,
-            r"context has shape \(4, 3\), whose batch does not broadcast",
+            r"ConditionalPlanarFlow: these batches do not broadcast: x \(5,\), context \(4,\)",
         ),
         (lambda: ConditionalPlanarFlow(2, 3, 1, 32), TypeError, "hidden_features is 32"),
         (lambda: Permutation([1.0, 0.0]), TypeError, "order is torch.float32"),
         (lambda: Chain(), ValueError, "bijections is empty"),
         (lambda: Chain(torch.nn.Identity()), TypeError, "bijection 0 is a Identity"),
         (lambda: Chain(PlanarFlow(2), PlanarFlow(3)), ValueError, "bijection 1 has 3 features"),
+        (
+            lambda: Chain(
+                PlanarFlow(2), ConditionalPlanarFlow(2, 3), Inverse(ConditionalPlanarFlow(2, 4))
+            ),
+            ValueError,
+            "bijection 2 takes a context of 4 features, another before it one of 3",
+        ),
         (lambda: Inverse(torch.nn.Identity()), TypeError, "bijection is a Identity"),
         (lambda: Permutation([0, 0]), ValueError, r"order is \[0, 0\]"),
         (lambda: Permutation([]), ValueError, "order is"),

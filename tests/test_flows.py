@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch.distributions import Independent, Laplace, MultivariateNormal, Normal
 
-from fastflow import ConditionalPlanarFlow, Flow, Inverse, PlanarFlow
+from fastflow import (
+    Bijection,
+    Chain,
+    ConditionalPlanarFlow,
+    Flow,
+    Inverse,
+    Permutation,
+    PlanarFlow,
+)
 
 
 def moved(flow: Flow) -> Flow:
@@ -69,11 +77,37 @@ def test_default_base_follows_the_module() -> None:
 
 
 @pytest.mark.parametrize(
+    "bijection",
+    [
+        PlanarFlow(2).double(),
+        Inverse(ConditionalPlanarFlow(2, 3)).double(),
+        Chain(Permutation([1, 0]), PlanarFlow(2).double()),
+    ],
+    ids=lambda bijection: type(bijection).__name__,
+)
+def test_default_base_is_that_of_a_converted_bijection(bijection: Bijection) -> None:
+    flow = Flow(bijection)
+    assert flow.base.sample().dtype == torch.float64
+    assert flow.float().base.sample().dtype == torch.float32
+
+
+def test_default_base_is_on_the_device_of_the_bijection() -> None:
+    for bijection in (PlanarFlow(2), Permutation([1, 0])):
+        assert Flow(bijection.to("meta")).base.sample().device.type == "meta"
+        assert Flow(bijection).base.sample().dtype == torch.float32
+
+
+@pytest.mark.parametrize(
     ("make", "error", "message"),
     [
         (lambda: Flow(torch.nn.Identity()), TypeError, "bijection is a Identity"),
         (lambda: Flow(PlanarFlow(2), 3), TypeError, "base is a int"),
         (lambda: Flow(PlanarFlow(2)).sample(10), TypeError, "shape is 10, must be a sequence"),
+        (
+            lambda: Flow(ConditionalPlanarFlow(2, 3)).sample((1,), [0.0]),
+            TypeError,
+            "Flow: context is a list, must be a torch.Tensor",
+        ),
         (lambda: Flow(PlanarFlow(2), Normal(0.0, 1.0)), ValueError, r"event shape \(\)"),
         (
             lambda: Flow(PlanarFlow(2), MultivariateNormal(torch.zeros(3), torch.eye(3))),

@@ -14,21 +14,32 @@ class Bijection(nn.Module):
 
     of shape (\*batch,). The inverse's ladj is minus the forward's at the same pair of points.
 
+    A bijection that takes a context says of how many features, in `context_features`; it requires
+    one. All others refuse a context. Bijections made of others take one if any of their members
+    does, and give it to those members alone, so that both kinds may be mixed.
+
     Attributes:
         features: D, the size of the last dimension.
+        context_features: C, the size of the context's last dimension; 0 if there is no context.
     """
 
     features: int
+    context_features: int = 0
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         r"""Maps x to y.
 
         Arguments:
             x: points, (\*batch, D).
-            context: what the map is conditioned on, (\*batch, C), or None.
+            context: what the map is conditioned on, (\*batch, C), or None if C = 0. The batches of
+                x and context broadcast.
 
         Returns:
             y (\*batch, D) and ladj (\*batch,).
+
+        Raises:
+            TypeError: a context is given to a map that takes none, or is missing or no tensor.
+            ValueError: shapes do not fit.
         """
         raise NotImplementedError(f"{type(self).__name__} has no forward")
 
@@ -41,6 +52,9 @@ class Bijection(nn.Module):
 
         Returns:
             x (\*batch, D) and ladj (\*batch,).
+
+        Raises:
+            TypeError, ValueError: as `forward`.
         """
         raise NotImplementedError(f"{type(self).__name__} has no inverse")
 
@@ -64,4 +78,12 @@ def check_features(owner: str, name: str, tensor: Tensor, features: int) -> None
     if not tensor.dim() or tensor.shape[-1] != features:
         raise ValueError(
             f"{owner}: {name} has shape {tuple(tensor.shape)}, must be (..., {features})"
+        )
+
+
+def refuse_context(owner: str, context: Tensor | None) -> None:
+    """Raises TypeError if a context is given to a map that takes none."""
+    if context is not None:
+        raise TypeError(
+            f"{owner}: context is a {type(context).__name__}, must be None: it takes no context"
         )

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastflow.bijections.base import Bijection, check_features
+from fastflow.bijections.base import Bijection, check_features, refuse_context
 
 
 class Chain(Bijection):
@@ -15,14 +15,15 @@ class Chain(Bijection):
 
     .. math:: f = f_n \circ \dots \circ f_1, \qquad \mathrm{ladj} = \sum_i \mathrm{ladj}_i
 
-    The context, if there is one, goes to every link.
+    A context goes to every link that takes one; a chain of which no link does refuses it.
 
     Arguments:
-        bijections: the links f_1 .. f_n, of the same number of features, at least one.
+        bijections: the links f_1 .. f_n, of the same number of features, at least one. Those that
+            take a context take one of the same number of features.
 
     Raises:
         TypeError: a link is not a `Bijection`.
-        ValueError: there is no link, or their numbers of features differ.
+        ValueError: there is no link, or their numbers of features, or of their context's, differ.
 
     Example:
         >>> chain = Chain(PlanarFlow(3), Permutation([2, 0, 1]), PlanarFlow(3))
@@ -46,6 +47,14 @@ class Chain(Bijection):
                     f"Chain: bijection {position} has {bijection.features} features, "
                     f"bijection 0 has {bijections[0].features}"
                 )
+            if bijection.context_features not in (0, self.context_features):
+                if self.context_features:
+                    raise ValueError(
+                        f"Chain: bijection {position} takes a context of "
+                        f"{bijection.context_features} features, another before it one of "
+                        f"{self.context_features}"
+                    )
+                self.context_features = bijection.context_features
         self.features = bijections[0].features
         self.bijections = nn.ModuleList(bijections)
 
@@ -59,18 +68,29 @@ class Chain(Bijection):
         return iter(self.bijections)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, ladj = self.bijections[0](x, context)
+        self._check(context)
+        x, ladj = self.bijections[0](x, _share(context, self.bijections[0]))
         for bijection in self.bijections[1:]:
-            x, step = bijection(x, context)
+            x, step = bijection(x, _share(context, bijection))
             ladj = ladj + step
         return x, ladj
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        y, ladj = self.bijections[-1].inverse(y, context)
+        self._check(context)
+        y, ladj = self.bijections[-1].inverse(y, _share(context, self.bijections[-1]))
         for bijection in reversed(self.bijections[:-1]):
-            y, step = bijection.inverse(y, context)
+            y, step = bijection.inverse(y, _share(context, bijection))
             ladj = ladj + step
         return y, ladj
+
+    def _check(self, context: Tensor | None) -> None:
+        if not self.context_features:
+            refuse_context("Chain", context)
+
+
+def _share(context: Tensor | None, bijection: Bijection) -> Tensor | None:
+    """What a link gets of the context."""
+    return context if bijection.context_features else None
 
 
 class Inverse(Bijection):
@@ -97,6 +117,7 @@ class Inverse(Bijection):
                 f"Inverse: bijection is a {type(bijection).__name__}, must be a fastflow.Bijection"
             )
         self.features = bijection.features
+        self.context_features = bijection.context_features
         self.bijection = bijection
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -110,7 +131,8 @@ class Permutation(Bijection):
     r"""Reorders the features: :math:`y_i = x_{\mathrm{order}[i]}`, with ladj = 0.
 
     Arguments:
-        order: a permutation of 0 .. D-1, as a sequence or an integer tensor. It is a buffer.
+        order: a permutation of 0 .. D-1, as a sequence or an integer tensor. It becomes a buffer;
+            `load_state_dict` takes another of the same D and refuses what is no permutation.
 
     Raises:
         TypeError: it does not hold integers.
@@ -126,19 +148,19 @@ class Permutation(Bijection):
 
     def __init__(self, order: Sequence[int] | Tensor) -> None:
         super().__init__()
-        order = torch.as_tensor(order)
-        if order.numel() and (order.is_floating_point() or order.dtype == torch.bool):
-            raise TypeError(f"Permutation: order is {order.dtype}, must hold integers")
-        count = torch.arange(order.numel(), device=order.device)
-        if order.dim() != 1 or not order.numel() or not torch.equal(order.sort().values, count):
-            raise ValueError(
-                f"Permutation: order is {order.tolist()}, must hold each of 0 .. D-1 once"
-            )
+        order = _permutation(torch.as_tensor(order)).long().clone()  # the caller may change theirs
         self.features = order.numel()
-        self.register_buffer("order", order.long())
+        self.register_buffer("order", order)
         self.register_buffer("inverse_order", order.argsort(), persistent=False)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
+        order, errors = state_dict.get(f"{prefix}order"), args[-1]
+        try:
+            if isinstance(order, Tensor):
+                _permutation(order)
+        except (TypeError, ValueError) as problem:
+            errors.append(str(problem))  # load_state_dict raises them all at once
+            return
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.inverse_order = self.order.argsort()
 
@@ -148,10 +170,22 @@ class Permutation(Bijection):
         return x.index_select(-1, order), x.new_zeros(x.shape[:-1], dtype=dtype)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        refuse_context("Permutation", context)
         return self._permute("x", x, self.order)
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        refuse_context("Permutation", context)
         return self._permute("y", y, self.inverse_order)
 
     def extra_repr(self) -> str:
         return f"{self.order.tolist()}" if self.features <= 16 else f"features={self.features}"
+
+
+def _permutation(order: Tensor) -> Tensor:
+    """The order, if it is one: TypeError or ValueError otherwise."""
+    if order.numel() and (order.is_floating_point() or order.dtype == torch.bool):
+        raise TypeError(f"Permutation: order is {order.dtype}, must hold integers")
+    count = torch.arange(order.numel(), device=order.device)
+    if order.dim() != 1 or not order.numel() or not torch.equal(order.sort().values, count):
+        raise ValueError(f"Permutation: order is {order.tolist()}, must hold each of 0 .. D-1 once")
+    return order

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from fastflow.bijections.base import Bijection, check_features, positive_int
-from fastflow.functional.planar_flow import CONSTRAINTS, planar_flow, planar_flow_inverse
+from fastflow.bijections.base import Bijection, check_features, positive_int, refuse_context
+from fastflow.functional.checks import broadcast_batches, check_tensors
+from fastflow.functional.planar_flow import check_constraint, planar_flow, planar_flow_inverse
 
 
 class PlanarFlow(Bijection):
@@ -66,9 +67,11 @@ class PlanarFlow(Bijection):
             self.b.zero_()
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        refuse_context("PlanarFlow", context)
         return planar_flow(x, self.w, self.u, self.b, self.constraint)
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        refuse_context("PlanarFlow", context)
         return planar_flow_inverse(y, self.w, self.u, self.b, self.constraint)
 
     def extra_repr(self) -> str:
@@ -144,47 +147,36 @@ class ConditionalPlanarFlow(Bijection):
 
         Returns:
             w, u (\*batch, K, D) and b (\*batch, K).
+
+        Raises:
+            TypeError: the context is not a floating-point tensor.
+            ValueError: its last dimension is not of size C.
         """
+        check_tensors("ConditionalPlanarFlow", context=context)
         check_features("ConditionalPlanarFlow", "context", context, self.context_features)
         size = self.steps * self.features
         w, u, b = self.network(context).split([size, size, self.steps], dim=-1)
         shape = (self.steps, self.features)
         return w.unflatten(-1, shape), u.unflatten(-1, shape), b
 
-    def _parameters_for(self, points: Tensor, context: Tensor | None) -> tuple[Tensor, ...]:
+    def _parameters_for(self, **tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The chain's parameters for points and a context, named as the caller knows them."""
         owner = "ConditionalPlanarFlow"
-        if not isinstance(context, Tensor):
-            got = "None" if context is None else f"a {type(context).__name__}"
-            raise ValueError(
-                f"{owner}: context is {got}, must be a tensor (*batch, {self.context_features})"
-            )
-        try:
-            torch.broadcast_shapes(points.shape[:-1], context.shape[:-1])
-        except RuntimeError:
-            raise ValueError(
-                f"{owner}: context has shape {tuple(context.shape)}, whose batch does not "
-                f"broadcast with that of the points, {tuple(points.shape)}"
-            ) from None
-        return self.parameters_of(context)
+        check_tensors(owner, **tensors)
+        broadcast_batches(owner, **{name: tensor.shape[:-1] for name, tensor in tensors.items()})
+        return self.parameters_of(tensors["context"])
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return planar_flow(x, *self._parameters_for(x, context), self.constraint)
+        return planar_flow(x, *self._parameters_for(x=x, context=context), self.constraint)
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return planar_flow_inverse(y, *self._parameters_for(y, context), self.constraint)
+        return planar_flow_inverse(y, *self._parameters_for(y=y, context=context), self.constraint)
 
     def extra_repr(self) -> str:
         return (
             f"features={self.features}, context_features={self.context_features}, "
             f"steps={self.steps}, constraint={self.constraint!r}"
         )
-
-
-def check_constraint(owner: str, constraint: str) -> str:
-    """The constraint, if there is one of that name; ValueError otherwise."""
-    if constraint not in CONSTRAINTS:
-        raise ValueError(f"{owner}: constraint is {constraint!r}, must be one of {CONSTRAINTS}")
-    return constraint
 
 
 def identity_direction(w: Tensor, constraint: str) -> Tensor:
