@@ -1,29 +1,37 @@
 """fastflow: normalizing flows in PyTorch, fast, in both directions, with exact log-determinants."""
 
-from fastflow import functional
+from fastflow import functional, masks, scales
 from fastflow.backends import use_backend
 from fastflow.bijections import (
+    MADE,
     Bijection,
     Chain,
     ConditionalPlanarFlow,
     Inverse,
+    MaskedAffineAutoregressive,
     Permutation,
     PlanarFlow,
 )
 from fastflow.diagnostics import info
-from fastflow.flows import Flow
+from fastflow.flows import IAF, MAF, Flow
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "IAF",
+    "MADE",
+    "MAF",
     "Bijection",
     "Chain",
     "ConditionalPlanarFlow",
     "Flow",
     "Inverse",
+    "MaskedAffineAutoregressive",
     "Permutation",
     "PlanarFlow",
     "functional",
     "info",
+    "masks",
+    "scales",
     "use_backend",
 ]

@@ -8,6 +8,7 @@ once why it passed over a faster one; `use_backend(name)` takes exactly that one
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,13 +29,14 @@ class Backend:
         name: what `use_backend` takes.
         devices: device types it serves, in no order; None if it serves any.
         probe: None if it works here, else the reason why not, in one line.
-        locate: the function of an op by its name; heavy imports happen here, not before.
+        locate: the function of an op by its name, or None if it has none; heavy imports happen
+            here, not before.
     """
 
     name: str
     devices: tuple[str, ...] | None
     probe: Callable[[], str | None]
-    locate: Callable[[str], Callable]
+    locate: Callable[[str], Callable | None]
 
     def serves(self, device: str) -> bool:
         """Whether tensors of a device type are among those it takes."""
@@ -72,11 +74,17 @@ def status(name: str) -> str | None:
     return _registry[name].probe()
 
 
-def available(device: str = "cpu") -> list[str]:
-    """The backends that work here for a device type, the automatic choice first."""
+def available(device: str = "cpu", op: str | None = None) -> list[str]:
+    """The backends that work here for a device type, the automatic choice first.
+
+    Arguments:
+        device: the type, "cpu" or "cuda" for instance.
+        op: an op's name, for the backends that have it; by default those that have any.
+    """
     automatic = [*_order.get(device, []), "reference"]
     others = [b.name for b in _registry.values() if b.serves(device) and b.name not in automatic]
-    return [name for name in [*automatic, *others] if status(name) is None]
+    found = [name for name in [*automatic, *others] if status(name) is None]
+    return [name for name in found if op is None or _registry[name].locate(op) is not None]
 
 
 @contextmanager
@@ -151,22 +159,32 @@ def _find(op: str, device: str, name: str | None) -> Callable:
     key = (op, device, name)
     function = _selected.get(key)
     if function is None:
-        backend = _automatic(op, device) if name is None else _registry[name]
+        backend, function = _automatic(op, device) if name is None else _given(op, name)
         if not backend.serves(device):
             raise RuntimeError(
                 f"{op}: backend {backend.name} serves {' and '.join(backend.devices)} tensors, "
                 f"these are on {device}"
             )
-        function = _selected[key] = backend.locate(op)
+        _selected[key] = function
     return function
 
 
-def _automatic(op: str, device: str) -> Backend:
+def _given(op: str, name: str) -> tuple[Backend, Callable]:
+    backend = _registry[name]
+    function = backend.locate(op)
+    if function is None:
+        raise RuntimeError(f"{op}: backend {name} does not have this op")
+    return backend, function
+
+
+def _automatic(op: str, device: str) -> tuple[Backend, Callable]:
     for candidate in _order.get(device, []):
         reason = status(candidate)
         if reason is None:
-            return _registry[candidate]
-        if (candidate, device) not in _warned:
+            function = _registry[candidate].locate(op)
+            if function is not None:
+                return _registry[candidate], function
+        elif (candidate, device) not in _warned:
             _warned.add((candidate, device))
             warnings.warn(
                 f"{op}: the {candidate} backend is not available for {device} tensors ({reason}); "
@@ -174,26 +192,38 @@ def _automatic(op: str, device: str) -> Backend:
                 RuntimeWarning,
                 stacklevel=6,
             )
-    return _registry["reference"]
+    return _given(op, "reference")
 
 
 def _registered_op(op: str) -> Callable:
     return getattr(torch.ops.fastflow, op).default
 
 
-def _from_module(module: str) -> Callable[[str], Callable]:
-    def locate(op: str) -> Callable:
+def _from_library(key: str) -> Callable[[str], Callable | None]:
+    def locate(op: str) -> Callable | None:
+        known = hasattr(torch.ops.fastflow, op)
+        if known and torch._C._dispatch_has_kernel_for_dispatch_key(f"fastflow::{op}", key):
+            return _registered_op(op)
+        return None
+
+    return locate
+
+
+def _from_module(module: str) -> Callable[[str], Callable | None]:
+    def locate(op: str) -> Callable | None:
         family = op.removesuffix("_forward").removesuffix("_backward").removesuffix("_inverse")
-        return getattr(importlib.import_module(f"{module}.{family}"), op)
+        if importlib.util.find_spec(f"{module}.{family}") is None:
+            return None
+        return getattr(importlib.import_module(f"{module}.{family}"), op, None)
 
     return locate
 
 
 register(
-    Backend("cpp", ("cpu",), partial(native.probe, "cpp"), _registered_op),
+    Backend("cpp", ("cpu",), partial(native.probe, "cpp"), _from_library("CPU")),
 )
 register(
-    Backend("cuda", ("cuda",), partial(native.probe, "cuda"), _registered_op),
+    Backend("cuda", ("cuda",), partial(native.probe, "cuda"), _from_library("CUDA")),
 )
 register(
     Backend(

@@ -83,7 +83,7 @@ def test_fallback_warns_once_and_only_when_it_happens() -> None:
 
 @pytest.mark.usefixtures("registry")
 def test_backend_for_another_device_is_refused() -> None:
-    backends.register(Backend("elsewhere", ("meta",), lambda: None, lambda op: None))
+    backends.register(Backend("elsewhere", ("meta",), lambda: None, lambda op: print))
     with pytest.raises(RuntimeError, match="elsewhere serves meta tensors, these are on cpu"):
         with fastflow.use_backend("elsewhere"):
             fastflow.PlanarFlow(2)(torch.zeros(3, 2))
@@ -107,8 +107,11 @@ def spied(calls: list[str], name: str) -> Backend:
     """The reference under another name, which notes what it computes."""
 
     def locate(op: str) -> object:
-        calls.append(f"{name} {op}")
-        return backends._registry["reference"].locate(op)
+        def compute(*args: object) -> object:
+            calls.append(f"{name} {op}")
+            return backends._registry["reference"].locate(op)(*args)
+
+        return compute
 
     return Backend(name, ("cpu",), lambda: None, locate)
 
@@ -139,3 +142,15 @@ def test_backward_of_an_automatic_forward_is_automatic_too() -> None:
     with fastflow.use_backend("other"):
         (y.sum() + ladj.sum()).backward()
     assert calls == ["first planar_flow_forward", "first planar_flow_backward"]
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_backend_without_the_op_is_passed_over_or_refused() -> None:
+    backends._order["cpu"] = []
+    backends.register(Backend("partial", ("cpu",), lambda: None, lambda op: None))
+    assert "partial" in backends.available("cpu")
+    assert "partial" not in backends.available("cpu", "planar_flow_forward")
+    fastflow.PlanarFlow(2)(torch.zeros(3, 2))  # no warning: nothing is wrong with the machine
+    with pytest.raises(RuntimeError, match="planar_flow_forward: backend partial does not have"):
+        with fastflow.use_backend("partial"):
+            fastflow.PlanarFlow(2)(torch.zeros(3, 2))

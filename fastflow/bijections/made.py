@@ -1,0 +1,200 @@
+"""Masked autoregressive networks as layers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastflow import masks
+from fastflow.bijections.base import check_features, positive_int, refuse_context
+from fastflow.functional.made import made
+from fastflow.functional.network import check_activation
+
+
+class MADE(nn.Module):
+    r"""A network whose outputs for a feature see the features before it, and the context, only.
+
+    .. math:: o_i = \mathrm{net}_i(x_{j}: \mathrm{order}_j < \mathrm{order}_i;\ c)
+
+    Every hidden unit has a degree, the last feature that it may see; units are stored sorted by
+    degree. The context enters the first hidden layer by a dense layer, where some units see nothing
+    else (degree 0), so that it reaches every output, those of the first feature included.
+
+    Arguments:
+        features: D.
+        params_per_feature: P, the number of outputs for a feature.
+        hidden_features: widths of the hidden layers; () for a masked linear map.
+        context_features: C, 0 for no context.
+        activation: relu, tanh, elu, silu, gelu, softplus or leaky_relu.
+        order: the place of every feature in the order: None (natural), "reverse", "random" (drawn
+            now), or each of 0 .. D-1 once. It becomes a buffer.
+        residual: the hidden layers form, in pairs, blocks h + W'act(W act(h) + b) + b' after a
+            first masked layer of their width; an even number of equal widths.
+
+    Attributes:
+        layers: `nn.Linear` holders of the weights; masked-out weights keep their values and get a
+            gradient of exactly zero.
+        context_layer: `nn.Linear` without bias, or None.
+
+    Raises:
+        TypeError, ValueError: an argument is out of its range; the message names it.
+
+    Warns:
+        UserWarning: a hidden layer has fewer units than there are degrees, so that some features
+            do not see those right before them.
+
+    Source:
+        Germain, Gregor, Murray and Larochelle, MADE: Masked Autoencoder for Distribution
+        Estimation, 2015, arXiv 1502.03509.
+
+    Example:
+        >>> net = MADE(3, params_per_feature=2, hidden_features=(32, 32), context_features=5)
+        >>> net(torch.randn(8, 3), torch.randn(8, 5)).shape
+        torch.Size([8, 3, 2])
+    """
+
+    order: Tensor
+    stairs: Tensor
+
+    def __init__(
+        self,
+        features: int,
+        params_per_feature: int,
+        hidden_features: Sequence[int] = (64, 64),
+        context_features: int = 0,
+        activation: str = "relu",
+        order: str | Sequence[int] | Tensor | None = None,
+        residual: bool = False,
+    ) -> None:
+        super().__init__()
+        self.features = positive_int("MADE", "features", features)
+        self.params_per_feature = positive_int("MADE", "params_per_feature", params_per_feature)
+        self.context_features = positive_int("MADE", "context_features", context_features, least=0)
+        self.activation = check_activation("MADE", activation)
+        self.residual = bool(residual)
+        self.hidden_features = _widths(hidden_features, self.residual)
+        try:
+            self._ranks = masks.ranks(order, self.features)
+        except (TypeError, ValueError) as problem:
+            raise type(problem)(f"MADE: {problem}") from None
+        inner = self.hidden_features[:1] * self.residual + self.hidden_features
+        widths = [features, *inner, features * params_per_feature]
+        self.layers = nn.ModuleList(map(nn.Linear, widths, widths[1:]))
+        self.context_layer = None
+        if context_features:
+            self.context_layer = nn.Linear(context_features, widths[1], bias=False)
+        self.register_buffer("order", self._ranks.to(torch.empty(()).device))
+        self.register_buffer("stairs", self._staircase(), persistent=False)
+        self._warn_of_unseen()
+
+    def reset_parameters(self) -> None:
+        """Draws the parameters anew, and restores order and masks of the construction."""
+        for layer in self.layers:
+            layer.reset_parameters()
+        if self.context_layer is not None:
+            self.context_layer.reset_parameters()
+        self.order.copy_(self._ranks)
+        self.stairs.copy_(self._staircase())
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        r"""The outputs for every feature.
+
+        Arguments:
+            x: points, (\*batch, D).
+            context: (\*batch, C), or None if C = 0. The batches of x and context broadcast.
+
+        Returns:
+            (\*batch, D, P).
+        """
+        check_features("MADE", "x", x, self.features)
+        outputs = made(x, **self.network(context))
+        return outputs.unflatten(-1, (self.features, self.params_per_feature))
+
+    def network(self, context: Tensor | None) -> dict[str, Any]:
+        """The network at a context, as the arguments of `fastflow.functional.made` after x."""
+        terms = None
+        if self.context_layer is None:
+            refuse_context("MADE", context)
+        else:
+            if not isinstance(context, Tensor):
+                got = "None" if context is None else f"a {type(context).__name__}"
+                raise TypeError(
+                    f"MADE: context is {got}, must be a tensor (*batch, {self.context_features})"
+                )
+            check_features("MADE", "context", context, self.context_features)
+            terms = [self.context_layer(context), *[None] * (len(self.layers) - 1)]
+        return {
+            "weights": [layer.weight for layer in self.layers],
+            "biases": [layer.bias for layer in self.layers],
+            "stairs": self.stairs,
+            "terms": terms,
+            "activation": self.activation,
+            "residual": self.residual,
+        }
+
+    def degrees(self) -> list[Tensor]:
+        """The degrees of the units of every level, int64: features 1 .. D, hidden, outputs."""
+        own = self._ranks + 1
+        lowest = 0 if self.context_features else 1
+        hidden = [
+            masks.hidden_degrees(layer.out_features, self.features, lowest)
+            for layer in self.layers[:-1]
+        ]
+        return [own, *hidden, own.repeat_interleave(self.params_per_feature)]
+
+    def _staircase(self) -> Tensor:
+        return masks.staircase(self.degrees()).to(self.order.device)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        order, errors = state_dict.get(f"{prefix}order"), args[-1]
+        if isinstance(order, Tensor) and not order.is_meta:
+            try:
+                self._ranks = masks.ranks(order, self.features)
+            except (TypeError, ValueError) as problem:
+                errors.append(f"MADE: {problem}")  # load_state_dict raises them all at once
+                return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if not self.order.is_meta:
+            self.stairs = self._staircase()
+
+    def _warn_of_unseen(self) -> None:
+        lowest = 0 if self.context_features else 1
+        by_rank = self._ranks.argsort().tolist()
+        for number, width in enumerate(self.hidden_features):
+            missing = masks.unseen(
+                masks.hidden_degrees(width, self.features, lowest), self.features, lowest
+            )
+            names = [by_rank[degree - 1] for degree in missing if degree]
+            if not missing:
+                continue
+            shown = ", ".join(map(str, names[:8])) + (", .." if len(names) > 8 else "")
+            warnings.warn(
+                f"MADE: hidden layer {number} has {width} units for "
+                f"{self.features - min(lowest, self.features - 1)} degrees: the features that come "
+                f"right after feature {shown} in the order do not see it",
+                UserWarning,
+                stacklevel=3,
+            )
+
+    def extra_repr(self) -> str:
+        text = f"features={self.features}, params_per_feature={self.params_per_feature}"
+        text += f", hidden_features={tuple(self.hidden_features)}"
+        if self.context_features:
+            text += f", context_features={self.context_features}"
+        return f"{text}, activation={self.activation!r}" + ", residual=True" * self.residual
+
+
+def _widths(hidden_features: Sequence[int], residual: bool) -> list[int]:
+    if not isinstance(hidden_features, Sequence) or isinstance(hidden_features, str):
+        raise TypeError(f"MADE: hidden_features is {hidden_features!r}, must be a sequence")
+    widths = [positive_int("MADE", "hidden_features", width) for width in hidden_features]
+    if residual and (not widths or len(widths) % 2 or len(set(widths)) > 1):
+        raise ValueError(
+            f"MADE: hidden_features is {tuple(widths)}, must be an even number of equal widths "
+            "where residual is True"
+        )
+    return widths

@@ -1,0 +1,180 @@
+"""Checks and shapes that all ops on masked networks share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastflow.autograd.masked import masked_network
+from fastflow.functional.checks import check_tensors
+from fastflow.reference.network import ACTIVATIONS
+
+NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
+
+
+def check_activation(owner: str, activation: str) -> str:
+    """The activation, if there is one of that name; ValueError otherwise."""
+    if activation not in NUMBERS:
+        raise ValueError(
+            f"{owner}: activation is {activation!r}, must be one of {', '.join(NUMBERS)}"
+        )
+    return activation
+
+
+def run(
+    op: str,
+    x_name: str,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None,
+    stairs: Tensor,
+    terms: Sequence[Tensor | None] | None,
+    activation: str,
+    residual: bool,
+    constants: tuple[int | float, ...] = (),
+    recompute: bool = False,
+) -> tuple[Tensor, ...]:
+    """An op on a masked network, for points of any batch shape.
+
+    Arguments:
+        op: its name in `fastflow.autograd.masked.OPS`.
+        x_name: what the caller calls x, for the errors.
+        x: points, (*batch, D).
+        weights, biases, stairs, terms, activation, residual: the network, as in `fastflow.made`.
+        constants: what the op takes after `residual`.
+
+    Returns:
+        The outputs of the op, with the batch shape of x and the terms.
+    """
+    activation = check_activation(op, activation)
+    weights = _tensors(op, "weights", weights)
+    layers = len(weights)
+    if not layers:
+        raise ValueError(f"{op}: weights is empty, must hold at least one layer")
+    none = weights[0].new_empty(0)
+    biases = [none] * layers if biases is None else _tensors(op, "biases", biases, none)
+    terms = [] if terms is None else _tensors(op, "terms", terms, none)
+    given = {x_name: x}
+    given |= {f"weights[{i}]": weight for i, weight in enumerate(weights)}
+    given |= {f"biases[{i}]": bias for i, bias in enumerate(biases)}
+    given |= {f"terms[{i}]": term for i, term in enumerate(terms)}
+    check_tensors(op, **given)
+    _check_shapes(op, x_name, x, weights, biases, terms, stairs)
+    if residual and layers % 2:
+        raise ValueError(
+            f"{op}: residual needs an odd number of hidden layers (a first one, then pairs), "
+            f"there are {layers - 1}"
+        )
+
+    dtype = x.dtype
+    for tensor in given.values():
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    compute = torch.promote_types(dtype, torch.float32)
+    x, weights, biases, terms = (
+        x.to(compute),
+        *([tensor.to(compute) for tensor in tensors] for tensors in (weights, biases, terms)),
+    )
+    biases, terms = _fold(biases, terms)
+    x, terms, batch = _rows(op, x_name, x, terms)
+    outputs = masked_network(
+        *(op, x.contiguous(), [term.contiguous() for term in terms]),
+        *([weight.contiguous() for weight in weights], [bias.contiguous() for bias in biases]),
+        *(stairs, (NUMBERS[activation], bool(residual), *constants), recompute),
+    )
+    y, *rest = outputs
+    return y.view(*batch, y.shape[-1]).to(dtype), *(one.view(batch) for one in rest)
+
+
+def _tensors(
+    op: str, name: str, tensors: Sequence[Tensor | None], none: Tensor | None = None
+) -> list[Tensor]:
+    if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
+        raise TypeError(
+            f"{op}: {name} is a {type(tensors).__name__}, must be a sequence of tensors"
+        )
+    return [none if tensor is None and none is not None else tensor for tensor in tensors]
+
+
+def _check_shapes(
+    op: str,
+    x_name: str,
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    terms: list[Tensor],
+    stairs: Tensor,
+) -> None:
+    if not x.dim() or not x.shape[-1]:
+        raise ValueError(f"{op}: {x_name} has shape {tuple(x.shape)}, must be (*batch, D), D >= 1")
+    below, entries = x.shape[-1], x.shape[-1]
+    for i, weight in enumerate(weights):
+        if weight.dim() != 2 or not weight.numel() or weight.shape[1] != below:
+            raise ValueError(
+                f"{op}: weights[{i}] has shape {tuple(weight.shape)}, must be (units, {below})"
+            )
+        below = weight.shape[0]
+        entries += 2 * below
+    for name, tensors in (("biases", biases), ("terms", terms)):
+        if name == "biases" or tensors:
+            if len(tensors) != len(weights):
+                raise ValueError(
+                    f"{op}: {name} has {len(tensors)} entries, weights has {len(weights)}"
+                )
+            for i, (tensor, weight) in enumerate(zip(tensors, weights)):
+                if tensor.shape == (0,):
+                    continue
+                units = weight.shape[0]
+                fits = tensor.dim() and tensor.shape[-1] == units
+                if not fits or (name == "biases" and tensor.dim() != 1):
+                    form = f"({units},)" if name == "biases" else f"(*batch, {units})"
+                    raise ValueError(
+                        f"{op}: {name}[{i}] has shape {tuple(tensor.shape)}, must be {form}"
+                    )
+    if not isinstance(stairs, Tensor) or stairs.dtype != torch.int32:
+        raise TypeError(f"{op}: stairs must be the int32 tensor of fastflow.masks.staircase")
+    if stairs.shape != (entries,):
+        raise ValueError(
+            f"{op}: stairs has shape {tuple(stairs.shape)}, must be ({entries},) for these weights"
+        )
+    if stairs.device != x.device:
+        raise ValueError(f"{op}: stairs is on {stairs.device}, {x_name} is on {x.device}")
+
+
+def _fold(biases: list[Tensor], terms: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Terms that are the same for all points become part of the biases."""
+    if not any(term.dim() == 1 and term.shape != (0,) for term in terms):
+        return biases, terms
+    none = terms[0].new_empty(0)
+    folded = [
+        (term if bias.shape == (0,) else bias + term) if _single(term) else bias
+        for bias, term in zip(biases, terms)
+    ]
+    left = [none if _single(term) else term for term in terms]
+    return folded, left if any(term.shape != (0,) for term in left) else []
+
+
+def _single(term: Tensor) -> bool:
+    return term.dim() == 1 and term.shape != (0,)
+
+
+def _rows(
+    op: str, x_name: str, x: Tensor, terms: list[Tensor]
+) -> tuple[Tensor, list[Tensor], torch.Size]:
+    """x (B, D) and terms (B, n), and the batch shape that they had together."""
+    present = [term for term in terms if term.shape != (0,)]
+    try:
+        batch = torch.broadcast_shapes(x.shape[:-1], *(term.shape[:-1] for term in present))
+    except RuntimeError:
+        shown = ", ".join(str(tuple(term.shape)) for term in present)
+        raise ValueError(
+            f"{op}: the batches of {x_name} {tuple(x.shape)} and terms {shown} do not broadcast"
+        ) from None
+
+    def flat(tensor: Tensor) -> Tensor:
+        if tensor.shape == (0,):
+            return tensor
+        return tensor.expand(*batch, tensor.shape[-1]).reshape(batch.numel(), tensor.shape[-1])
+
+    return flat(x), [flat(term) for term in terms], batch

@@ -1,0 +1,180 @@
+r"""A masked network in plain PyTorch, the backward pass by hand: what MADE and its flows share.
+
+Letters: B batch, D features, L hidden layers. Level 0 is x, level l = 1 .. L a hidden layer, level
+L+1 the outputs; n_l units each. Layer l has weights (n_l, n_{l-1}), of which the mask leaves a
+staircase (see `fastflow.masks`), an optional bias (n_l,) and an optional term (B, n_l), which is
+what a context adds:
+
+    P_l = W_l A_{l-1} + b_l + T_l,   A_0 = x,   A_l = act(P_l)
+
+A residual network adds P_{l-2} to P_l for odd l >= 3, blocks h + W' act(W act(h) + b) + b', and
+its last hidden level feeds the outputs as it is, A_L = P_L. L is odd then.
+
+A missing bias or term is a tensor of shape (0,). Masked-out weights may hold anything: they are
+selected away, not multiplied by zero. All functions of the forward direction are differentiable
+and free of data-dependent control flow, so they also answer function transforms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as nnf
+
+from fastflow import masks
+
+LEAK = 0.01  # slope of leaky_relu
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)) without torch's threshold, which costs float64 half of its digits."""
+    return x.clamp(min=0) + torch.log1p(torch.exp(-x.abs()))
+
+
+def _gelu_slope(x: Tensor) -> Tensor:
+    density = torch.exp(-0.5 * x * x) * 0.3989422804014327  # 1 / sqrt(2 pi)
+    return 0.5 * (1 + torch.erf(x * 0.7071067811865476)) + x * density
+
+
+def _silu_slope(x: Tensor) -> Tensor:
+    s = torch.sigmoid(x)
+    return s + x * s * torch.sigmoid(-x)
+
+
+class Activation(NamedTuple):
+    """A function and its derivative, both of the pre-activation."""
+
+    value: Callable[[Tensor], Tensor]
+    slope: Callable[[Tensor], Tensor]
+
+
+ACTIVATIONS = {  # kernels know them by their position
+    "relu": Activation(torch.relu, lambda x: (x > 0).to(x.dtype)),
+    "tanh": Activation(torch.tanh, lambda x: 1 - torch.tanh(x) ** 2),
+    "elu": Activation(nnf.elu, lambda x: torch.where(x > 0, 1, torch.exp(x.clamp(max=0)))),
+    "silu": Activation(nnf.silu, _silu_slope),
+    "gelu": Activation(nnf.gelu, _gelu_slope),
+    "softplus": Activation(softplus, torch.sigmoid),
+    "leaky_relu": Activation(
+        lambda x: nnf.leaky_relu(x, LEAK), lambda x: torch.where(x > 0, torch.ones_like(x), LEAK)
+    ),
+}
+BY_NUMBER = list(ACTIVATIONS.values())
+
+
+def widths(x: Tensor, weights: Sequence[Tensor]) -> list[int]:
+    """The number of units of every level, n_0 = D .. n_{L+1}."""
+    return [x.shape[-1], *(weight.shape[0] for weight in weights)]
+
+
+def skips(level: int, hidden: int, residual: bool) -> bool:
+    """Whether a level's pre-activations contain those of two levels below."""
+    return residual and level % 2 == 1 and 3 <= level <= hidden
+
+
+def activates(level: int, hidden: int, residual: bool) -> bool:
+    """Whether a hidden level passes through the activation on its way up."""
+    return not (residual and level == hidden)
+
+
+def forward(
+    x: Tensor,
+    terms: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    stairs: Tensor,
+    activation: int,
+    residual: bool,
+) -> list[Tensor]:
+    """The pre-activations P_1 .. P_L and the outputs, (B, n_l) each."""
+    hidden, act = len(weights) - 1, BY_NUMBER[activation].value
+    found: list[Tensor] = []
+    below = x
+    for level, mask in enumerate(masks.masks(stairs, widths(x, weights)), 1):
+        weight, bias = weights[level - 1], biases[level - 1]
+        p = below @ torch.where(mask, weight, 0).mT
+        if bias.shape != (0,):
+            p = p + bias
+        if terms and terms[level - 1].shape != (0,):
+            p = p + terms[level - 1]
+        if skips(level, hidden, residual):
+            p = p + found[level - 3]
+        found.append(p)
+        below = act(p) if activates(level, hidden, residual) else p
+    return found
+
+
+def backward(
+    d_outputs: Tensor,
+    x: Tensor,
+    pre_activations: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    stairs: Tensor,
+    activation: int,
+    residual: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """The cotangents of x and of every pre-activation, given that of the outputs.
+
+    Arguments:
+        d_outputs: (B, n_{L+1}).
+        pre_activations: P_1 .. P_L, (B, n_l).
+
+    Returns:
+        dx (B, D), and [dP_1 .. dP_L, d_outputs].
+    """
+    hidden, act = len(weights) - 1, BY_NUMBER[activation]
+    found = [*pre_activations, d_outputs]
+    d_above = d_outputs
+    layers = list(zip(weights, masks.masks(stairs, widths(x, weights))))
+    for level in range(hidden, 0, -1):
+        weight, mask = layers[level]
+        dp = d_above @ torch.where(mask, weight, 0)
+        p = pre_activations[level - 1]
+        if activates(level, hidden, residual):
+            dp = dp * act.slope(p)
+        if skips(level + 2, hidden, residual):
+            dp = dp + found[level + 1]
+        found[level - 1] = d_above = dp
+    weight, mask = layers[0]
+    return d_above @ torch.where(mask, weight, 0), found
+
+
+def parameter_grads(
+    cotangents: Sequence[Tensor],
+    x: Tensor,
+    pre_activations: Sequence[Tensor],
+    stairs: Tensor,
+    activation: int,
+    residual: bool,
+    bias_layers: int,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The gradients of weights and biases from the cotangents of all pre-activations.
+
+    Arguments:
+        cotangents: dP_1 .. dP_{L+1}, (B, n_l).
+        bias_layers: bit l-1 is set where layer l has a bias.
+
+    Returns:
+        [dW_1 ..] (n_l, n_{l-1}), exactly zero where masked, and [db_1 ..] (n_l,) or (0,).
+    """
+    hidden, act = len(cotangents) - 1, BY_NUMBER[activation].value
+    levels = [x.shape[-1], *(cotangent.shape[-1] for cotangent in cotangents)]
+    d_weights, d_biases = [], []
+    below = x
+    for level, (dp, mask) in enumerate(zip(cotangents, masks.masks(stairs, levels)), 1):
+        d_weights.append(torch.where(mask, dp.mT @ below, 0))
+        d_biases.append(dp.sum(0) if bias_layers >> (level - 1) & 1 else dp.new_empty(0))
+        if level <= hidden:
+            p = pre_activations[level - 1]
+            below = act(p) if activates(level, hidden, residual) else p
+    return d_weights, d_biases
+
+
+def chosen(cotangents: Sequence[Tensor], layers: int) -> list[Tensor]:
+    """The cotangents whose bit is set in `layers`, and (0,) in place of the others."""
+    return [
+        dp if layers >> position & 1 else dp.new_empty(0) for position, dp in enumerate(cotangents)
+    ]
