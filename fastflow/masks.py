@@ -133,4 +133,4 @@ def masks(stairs: Tensor, widths: Sequence[int]) -> list[Tensor]:
 
 def _unsort(values: Tensor, order: Tensor) -> Tensor:
     """Values of units in sorted order, put back to where the units are."""
-    return values[order.long().argsort()]
+    return torch.zeros_like(values).scatter(0, order.long(), values)

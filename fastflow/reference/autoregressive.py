@@ -286,7 +286,9 @@ class _Sorted(NamedTuple):
 def _by_feature(outputs: Tensor, stairs: Tensor, features: int) -> tuple[Tensor, Tensor]:
     """The shifts and raw scales (B, D) of the features from the network's outputs (B, 2 D)."""
     rows = _output_rows(stairs, features)
-    return outputs.index_select(-1, rows[:, 0]), outputs.index_select(-1, rows[:, 1])
+    # not index_select: what torch.compile makes of its backward reads out of bounds on CPUs
+    m, a = (outputs.gather(-1, row.expand(*outputs.shape[:-1], -1)) for row in rows.unbind(-1))
+    return m, a
 
 
 def _to_outputs(dm: Tensor, da: Tensor, stairs: Tensor) -> Tensor:
