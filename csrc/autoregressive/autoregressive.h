@@ -1,0 +1,67 @@
+// Argument struct and launchers of the ops made and autoregressive. Plain pointers and sizes: no
+// torch header, so that the binding and the kernels can both include it.
+#pragma once
+
+#include <cstdint>
+
+namespace fastflow {
+
+enum class Activation : int64_t { relu, tanh, elu, silu, gelu, softplus, leaky_relu };
+enum class Scale : int64_t { softclip, softplus, sigmoid, clamp, gate };
+
+// Layer l = 0 .. L maps level l (level 0 is x) to level l + 1. Units are numbered here as in the
+// tensors; order[k] is the unit at sorted position k, and in sorted order unit k of level l + 1
+// sees the first prefix[k] units of level l. Null pointers: what is missing or not wanted.
+struct MaskedLayer {
+  int64_t rows;                 // n_{l+1}
+  int64_t columns;              // n_l
+  const int32_t* order;         // (rows)
+  const int32_t* prefix;        // (rows), nondecreasing
+  const int32_t* column_order;  // (columns), the order of level l
+
+  const void* weight;  // (rows, columns)
+  const void* bias;    // (rows)
+  const void* term;    // (B, rows)
+
+  // Backward only.
+  void* dweight;  // (rows, columns)
+  void* dbias;    // (rows)
+  void* dterm;    // (B, rows)
+};
+
+// Every pointer is to contiguous memory of one dtype (float or double). `x` is always the network's
+// input and `y` the other side: made's output, or the result of the scale map.
+struct AutoregressiveArgs {
+  int64_t batch;        // B
+  int64_t features;     // D
+  int64_t layer_count;  // L + 1
+  const MaskedLayer* layers;
+  Activation activation;
+  bool residual;
+  bool affine;  // false: made, which has no scale map, ladj or inverse
+  Scale scale;
+  double c0;
+  double c1;
+  bool is_double;
+
+  // Forward: x and what it writes. Inverse: y and what it writes.
+  void* x;      // (B, D)
+  void* y;      // (B, n_{L+1}), affine: (B, D)
+  void* ladj;   // (B), affine only
+  void* saved;  // see autoregressive_tile.h; null if not wanted
+
+  // Backward only: the cotangent of the op's output, and of its input (null if not wanted).
+  const void* d_out;   // made: (B, n_{L+1}), affine: (B, D)
+  const void* d_ladj;  // (B), affine only
+  void* d_in;          // (B, D)
+
+  int64_t outputs() const { return layers[layer_count - 1].rows; }
+};
+
+// B, D, n_l >= 1; the stairs as the struct says.
+void autoregressive_forward_cpu(const AutoregressiveArgs& args);
+void autoregressive_backward_cpu(const AutoregressiveArgs& args);
+void autoregressive_inverse_cpu(const AutoregressiveArgs& args);
+void autoregressive_inverse_backward_cpu(const AutoregressiveArgs& args);
+
+}  // namespace fastflow

@@ -1,0 +1,132 @@
+// The network of a call, in sorted order: what does not depend on a row.
+#pragma once
+
+#include <numeric>
+
+#include "../common/parallel.h"
+#include "../common/staircase.h"
+#include "autoregressive_tile.h"
+
+namespace fastflow {
+
+// Layer l = 0 .. L in sorted order. W is the caller's tensor where both orders are the identity,
+// else a copy whose masked entries are zero; masked entries are never read either way.
+template <class T>
+struct SortedLayer {
+  int64_t rows;             // n_{l+1}
+  int64_t columns;          // n_l
+  const T* weight;          // (rows, columns)
+  const T* bias;            // (rows) or null
+  const T* term;            // (B, rows) or null, NOT sorted: see load_tile
+  const int32_t* order;     // (rows): position -> unit
+  const int32_t* position;  // (rows): unit -> position
+  const int32_t* prefix;    // (rows): unit k reads columns 0 .. prefix[k] - 1
+  const int32_t* start;     // (columns): column j is read by rows start[j] .. rows - 1
+  bool identity;            // order is 0, 1, ..., rows - 1
+  bool skip;                // the level before the last is added to it (residual)
+  bool linear;              // no activation follows
+
+  // As a matrix of the units of level l + 1 by those of level l, and the other way round.
+  Strided<T> forward() const { return {weight, columns, 1}; }
+  Strided<T> transposed() const { return {weight, 1, columns}; }
+  // What unit k of level l + 1 reads of level l, and what unit j of level l is read by.
+  Range reads(int64_t k) const { return {0, prefix[k]}; }
+  Range read_by(int64_t j) const { return {start[j], rows}; }
+};
+
+template <class T>
+class Network {
+ public:
+  int64_t layer_count;           // L + 1
+  int64_t widest;                // max of n_0 .. n_{L+1}
+  const SortedLayer<T>* layers;  // (L + 1)
+  const int32_t* order;          // (D), of the features
+  const int32_t* position;       // (D)
+
+  explicit Network(const AutoregressiveArgs& args)
+      : layer_count(args.layer_count), memory_(bytes(args)) {
+    auto* sorted = memory_.template take<SortedLayer<T>>(layer_count);
+    layers = sorted;
+    order = args.layers[0].column_order;
+    position = invert(order, args.features);
+    bool columns_in_order = is_identity(order, args.features);
+    widest = args.features;
+    for (int64_t l = 0; l < layer_count; ++l) {
+      const MaskedLayer& from = args.layers[l];
+      SortedLayer<T>& to = sorted[l];
+      to.rows = from.rows;
+      to.columns = from.columns;
+      to.order = from.order;
+      to.position = invert(from.order, from.rows);
+      to.prefix = from.prefix;
+      int32_t* start = memory_.template take<int32_t>(from.columns);
+      for (int64_t j = 0, k = 0; j < from.columns; ++j) {
+        while (k < from.rows && from.prefix[k] <= j) ++k;
+        start[j] = int32_t(k);
+      }
+      to.start = start;
+      to.identity = is_identity(from.order, from.rows);
+      to.weight = static_cast<const T*>(from.weight);
+      if (!to.identity || !columns_in_order) to.weight = gather(from);
+      to.bias = static_cast<const T*>(from.bias);
+      if (to.bias && !to.identity) {
+        T* bias = memory_.template take<T>(from.rows);
+        for (int64_t k = 0; k < from.rows; ++k) bias[k] = to.bias[from.order[k]];
+        to.bias = bias;
+      }
+      to.term = static_cast<const T*>(from.term);
+      const bool last = l + 1 == layer_count;
+      to.skip = args.residual && !last && l >= 2 && l % 2 == 0;
+      to.linear = last || (args.residual && l + 2 == layer_count);
+      columns_in_order = to.identity;
+      widest = std::max(widest, from.rows);
+    }
+  }
+
+ private:
+  using Memory = Scratch<Network>;
+  Memory memory_;
+
+  static bool is_identity(const int32_t* order, int64_t n) {
+    for (int64_t k = 0; k < n; ++k)
+      if (order[k] != k) return false;
+    return true;
+  }
+  const int32_t* invert(const int32_t* order, int64_t n) {
+    int32_t* position = memory_.template take<int32_t>(n);
+    for (int64_t k = 0; k < n; ++k) position[order[k]] = int32_t(k);
+    return position;
+  }
+  const T* gather(const MaskedLayer& from) {
+    T* weight = memory_.template take<T>(from.rows * from.columns);
+    const T* source = static_cast<const T*>(from.weight);
+    const int64_t grain = std::max<int64_t>(1, kThreadCycles / (2 * from.columns));
+    parallel_for(from.rows, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        const T* row = source + from.order[k] * from.columns;
+        T* to = weight + k * from.columns;
+        for (int64_t j = 0; j < from.prefix[k]; ++j) to[j] = row[from.column_order[j]];
+        std::fill(to + from.prefix[k], to + from.columns, T(0));
+      }
+    });
+    return weight;
+  }
+  static size_t bytes(const AutoregressiveArgs& args) {
+    size_t sum = Memory::template bytes<SortedLayer<T>>(args.layer_count) +
+                 Memory::template bytes<int32_t>(args.features);
+    bool columns_in_order = is_identity(args.layers[0].column_order, args.features);
+    for (int64_t l = 0; l < args.layer_count; ++l) {
+      const MaskedLayer& layer = args.layers[l];
+      const bool identity = is_identity(layer.order, layer.rows);
+      sum += Memory::template bytes<int32_t>(layer.rows) +
+             Memory::template bytes<int32_t>(layer.columns);
+      if (!identity) sum += Memory::template bytes<T>(layer.rows);
+      if (!identity || !columns_in_order)
+        sum += Memory::template bytes<T>(layer.rows * layer.columns);
+      columns_in_order = identity;
+    }
+    return sum;
+  }
+};
+
+}  // namespace fastflow

@@ -1,0 +1,231 @@
+// Register-blocked products with a staircase matrix: in sorted order unit j of a level reads a
+// range of the units of the level before, and neither end of the range ever decreases with j. What
+// lies outside is not read, let alone multiplied.
+//
+// Activations are by unit: a tile has `rows` rows (a multiple of the vector width) of a batch and
+// holds unit k at a[k * rows ..]. The lanes of vectors are rows of the batch, so that a row passes
+// through the same operations, in the same order, wherever it stands.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "blocked.h"
+
+namespace fastflow {
+
+// Accumulators are kUnits x kVectors vectors: 24 of 32 registers, or 12 of 16.
+#if defined(__GNUC__)
+#define FASTFLOW_INLINE_LAMBDA __attribute__((always_inline))
+#else
+#define FASTFLOW_INLINE_LAMBDA
+#endif
+
+inline constexpr int kUnits = 6;
+#if defined(__AVX512F__) || defined(__aarch64__)
+inline constexpr int kVectors = 4;
+#else
+inline constexpr int kVectors = 2;
+#endif
+
+// A matrix with element (unit, step) at data[unit * unit_stride + step * step_stride]; products
+// contract over steps. W (rows, columns) by row is {w, columns, 1}, its transpose {w, 1, columns}.
+template <class T>
+struct Strided {
+  const T* data;
+  int64_t unit_stride;
+  int64_t step_stride;
+
+  Strided from_unit(int64_t unit) const {
+    return {data + unit * unit_stride, unit_stride, step_stride};
+  }
+};
+
+// Steps begin .. end - 1 that a unit contracts over; empty if begin >= end.
+struct Range {
+  int64_t begin;
+  int64_t end;
+};
+
+// f(std::integral_constant<int, 0>), ..., f(std::integral_constant<int, N - 1>)
+template <int... Index, class F>
+FASTFLOW_HD void unrolled(std::integer_sequence<int, Index...>, const F& f) {
+  (f(std::integral_constant<int, Index>{}), ...);
+}
+template <int N, class F>
+FASTFLOW_HD void unrolled(const F& f) {
+  unrolled(std::make_integer_sequence<int, N>{}, f);
+}
+
+// c[j] += sum over k in [begin[j], end[j]) of w(j, k) a[k], for Units units and Vectors vectors.
+template <int Units, int Vectors, class T>
+inline void stair_block(Strided<T> w, const T* a, T* c, int64_t rows, const int64_t* begin,
+                        const int64_t* end) {
+  constexpr int lanes = Vec<T>::lanes;
+  Vec<T> sum[Units][Vectors];
+#pragma GCC unroll 8
+  for (int j = 0; j < Units; ++j)
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v) sum[j][v] = Vec<T>(T(0));
+
+  // One step of the contraction for units First .. Last - 1.
+  const auto step = [&](auto first, auto last, int64_t k) FASTFLOW_INLINE_LAMBDA {
+    constexpr int First = decltype(first)::value, Last = decltype(last)::value;
+    const T* column = w.data + k * w.step_stride;
+    Vec<T> x[Vectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v) x[v] = Vec<T>::load(a + k * rows + v * lanes);
+#pragma GCC unroll 8
+    for (int j = First; j < Last; ++j) {
+      const Vec<T> weight(column[j * w.unit_stride]);
+#pragma GCC unroll 8
+      for (int v = 0; v < Vectors; ++v) sum[j][v] += weight * x[v];
+    }
+  };
+  constexpr std::integral_constant<int, 0> none{};
+  constexpr std::integral_constant<int, Units> all{};
+  if (begin[Units - 1] <= end[0]) {
+    // The steps of some units, of all, of some: each unit sees its own in ascending order.
+    int64_t k = begin[0];
+    unrolled<Units - 1>([&](auto j) FASTFLOW_INLINE_LAMBDA {
+      constexpr std::integral_constant<int, decltype(j)::value + 1> next{};
+      for (; k < begin[next]; ++k) step(none, next, k);
+    });
+    for (; k < end[0]; ++k) step(none, all, k);
+    unrolled<Units - 1>([&](auto j) FASTFLOW_INLINE_LAMBDA {
+      constexpr std::integral_constant<int, decltype(j)::value + 1> next{};
+      for (; k < end[next]; ++k) step(next, all, k);
+    });
+  } else {
+    unrolled<Units>([&](auto j) FASTFLOW_INLINE_LAMBDA {
+      constexpr std::integral_constant<int, decltype(j)::value + 1> next{};
+      for (int64_t k = begin[j]; k < end[j]; ++k) step(j, next, k);
+    });
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < Units; ++j)
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v) add_to(c + j * rows + v * lanes, sum[j][v]);
+}
+
+// f(std::integral_constant<int, n>) for the run-time n = 1 .. N.
+template <int N, class F>
+FASTFLOW_HD void with_constant(int64_t n, const F& f) {
+  unrolled<N>([&](auto i) FASTFLOW_INLINE_LAMBDA {
+    if (n == i + 1) f(std::integral_constant<int, decltype(i)::value + 1>{});
+  });
+}
+
+// Contractions are cut into pieces of this many steps, at its multiples: what is added is a sum of
+// short sums, whose cut does not depend on how units are blocked.
+inline constexpr int64_t kSteps = 256;
+
+// c[j] += sum over k in range(j) of w(j, k) a[k] for units j < count, and the first `vectors`
+// vectors of the rows of the tile. Both ends of range(j) must not decrease with j.
+template <class T, class RangeOf>
+void stair_product(Strided<T> w, const T* a, T* c, int64_t rows, int64_t vectors, int64_t count,
+                   const RangeOf& range) {
+  constexpr int lanes = Vec<T>::lanes;
+  for (int64_t j0 = 0; j0 < count; j0 += kUnits) {
+    const int64_t units = std::min<int64_t>(kUnits, count - j0);
+    Range ranges[kUnits];
+    for (int64_t j = 0; j < units; ++j) {
+      ranges[j] = range(j0 + j);
+      ranges[j].end = std::max(ranges[j].begin, ranges[j].end);
+    }
+    const int64_t last = ranges[units - 1].end;
+    for (int64_t k0 = ranges[0].begin / kSteps * kSteps; k0 < last; k0 += kSteps) {
+      int64_t begin[kUnits], end[kUnits];
+      for (int64_t j = 0; j < units; ++j) {
+        begin[j] = std::clamp(ranges[j].begin, k0, k0 + kSteps);
+        end[j] = std::clamp(ranges[j].end, k0, k0 + kSteps);
+      }
+      with_constant<kUnits>(units, [&](auto n) {
+        int64_t v = 0;
+        for (; v + kVectors <= vectors; v += kVectors)
+          stair_block<n, kVectors>(w.from_unit(j0), a + v * lanes, c + j0 * rows + v * lanes, rows,
+                                   begin, end);
+        for (; v + 2 <= vectors; v += 2)
+          stair_block<n, 2>(w.from_unit(j0), a + v * lanes, c + j0 * rows + v * lanes, rows, begin,
+                            end);
+        if (v < vectors)
+          stair_block<n, 1>(w.from_unit(j0), a + v * lanes, c + j0 * rows + v * lanes, rows, begin,
+                            end);
+      });
+    }
+  }
+}
+
+// The tiles that a product over rows runs through: matrix k of tile t begins at data + t * stride.
+template <class T>
+struct Tiles {
+  const T* data;
+  int64_t stride;  // elements from a tile to the next
+};
+
+// The result of one block of stair_outer: `Outs` x `Ins` vectors of partial sums, lane by lane.
+inline constexpr int kOuts = 4;
+#if defined(__AVX512F__) || defined(__aarch64__)
+inline constexpr int kIns = 4;
+#else
+inline constexpr int kIns = 2;
+#endif
+
+// sums[o][i] = sum over rows of d[o] a[i], for the first `vectors` vectors of all tiles together
+// (each tile has rows / lanes of them). Rows past the end of the batch must be zeros.
+template <int Outs, int Ins, class T>
+inline void outer_block(Tiles<T> d, Tiles<T> a, int64_t rows, int64_t vectors, T* sums) {
+  constexpr int lanes = Vec<T>::lanes;
+  Vec<T> sum[Outs][Ins];
+#pragma GCC unroll 8
+  for (int o = 0; o < Outs; ++o)
+#pragma GCC unroll 8
+    for (int i = 0; i < Ins; ++i) sum[o][i] = Vec<T>(T(0));
+  const int64_t per_tile = rows / lanes;
+  for (; vectors > 0; vectors -= per_tile, d.data += d.stride, a.data += a.stride) {
+    const int64_t n = std::min(vectors, per_tile) * lanes;
+    for (int64_t r = 0; r < n; r += lanes) {
+      Vec<T> x[Ins];
+#pragma GCC unroll 8
+      for (int i = 0; i < Ins; ++i) x[i] = Vec<T>::load(a.data + i * rows + r);
+#pragma GCC unroll 8
+      for (int o = 0; o < Outs; ++o) {
+        const Vec<T> g = Vec<T>::load(d.data + o * rows + r);
+#pragma GCC unroll 8
+        for (int i = 0; i < Ins; ++i) sum[o][i] += g * x[i];
+      }
+    }
+  }
+  constexpr int groups = (Outs * Ins + lanes - 1) / lanes;
+  Vec<T> grouped[groups][lanes];
+#pragma GCC unroll 16
+  for (int n = 0; n < groups * lanes; ++n)
+    grouped[n / lanes][n % lanes] = n < Outs * Ins ? sum[n / Ins % Outs][n % Ins] : Vec<T>(T(0));
+#pragma GCC unroll 16
+  for (int g = 0; g < groups; ++g) sum_each(grouped[g]).store(sums + g * lanes);
+}
+
+// emit(o, i, sum over rows of d[o] a[i]) for outs o in [first, last) and i < prefix[o].
+template <class T, class Emit>
+void stair_outer(Tiles<T> d, Tiles<T> a, int64_t rows, int64_t vectors, const int32_t* prefix,
+                 int64_t first, int64_t last, const Emit& emit) {
+  constexpr int lanes = Vec<T>::lanes;
+  alignas(64) T sums[round_up(kOuts * kIns, lanes)];
+  for (int64_t i0 = 0; last > first && i0 < prefix[last - 1]; i0 += kIns)
+    for (int64_t o0 = std::upper_bound(prefix + first, prefix + last, int32_t(i0)) - prefix;
+         o0 < last; o0 += kOuts) {
+      const int64_t outs = std::min<int64_t>(kOuts, last - o0);
+      const int64_t ins = std::min<int64_t>(kIns, prefix[o0 + outs - 1] - i0);
+      with_constant<kOuts>(outs, [&](auto n) {
+        with_constant<kIns>(ins, [&](auto m) {
+          outer_block<n, m>(Tiles<T>{d.data + o0 * rows, d.stride},
+                            Tiles<T>{a.data + i0 * rows, a.stride}, rows, vectors, sums);
+          for (int o = 0; o < n; ++o)
+            for (int i = 0; i < m; ++i)
+              if (i0 + i < prefix[o0 + o]) emit(o0 + o, i0 + i, sums[o * m + i]);
+        });
+      });
+    }
+}
+
+}  // namespace fastflow
