@@ -83,6 +83,13 @@ class Network {
     }
   }
 
+  // Of a pass over the batch, roughly, to decide whether it is worth a thread.
+  int64_t cycles(int64_t batch) const {
+    int64_t sum = 0;
+    for (int64_t l = 0; l < layer_count; ++l) sum += layers[l].rows * (layers[l].columns / 2 + 30);
+    return sum * batch / Vec<T>::lanes;
+  }
+
  private:
   using Memory = Scratch<Network>;
   Memory memory_;

@@ -7,6 +7,8 @@
 #include <pthread.h>
 #endif
 
+#include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <new>
@@ -34,6 +36,19 @@ void parallel_for(int64_t count, int64_t grain, const F& f) {
     f(int64_t(0), count);
   else
     torch::stable::parallel_for(0, count, grain, f);
+}
+
+// f(i) for i in [0, count): the threads take one after the other, for work of uneven size. What f
+// writes for i must not depend on who runs it, or when.
+template <class F>
+void parallel_tasks(int64_t count, bool worth_threads, const F& f) {
+  std::atomic<int64_t> next{0};
+  const auto work = [&](int64_t, int64_t) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) f(i);
+  };
+  const int64_t threads =
+      worth_threads ? std::min<int64_t>(count, torch::stable::get_num_threads()) : 1;
+  parallel_for(threads, 1, work);
 }
 
 // Uninitialised memory aligned to a cache line, kept by its thread from call to call unless it is

@@ -121,10 +121,11 @@ FASTFLOW_HD void with_constant(int64_t n, const F& f) {
 inline constexpr int64_t kSteps = 256;
 
 // c[j] += sum over k in range(j) of w(j, k) a[k] for units j < count, and the first `vectors`
-// vectors of the rows of the tile. Both ends of range(j) must not decrease with j.
-template <class T, class RangeOf>
+// vectors of the rows of the tile. Both ends of range(j) must not decrease with j. before(j, n) and
+// after(j, n) are called around the work on c[j] .. c[j + n - 1], which is then in the cache.
+template <class T, class RangeOf, class Before, class After>
 void stair_product(Strided<T> w, const T* a, T* c, int64_t rows, int64_t vectors, int64_t count,
-                   const RangeOf& range) {
+                   const RangeOf& range, const Before& before, const After& after) {
   constexpr int lanes = Vec<T>::lanes;
   for (int64_t j0 = 0; j0 < count; j0 += kUnits) {
     const int64_t units = std::min<int64_t>(kUnits, count - j0);
@@ -133,6 +134,7 @@ void stair_product(Strided<T> w, const T* a, T* c, int64_t rows, int64_t vectors
       ranges[j] = range(j0 + j);
       ranges[j].end = std::max(ranges[j].begin, ranges[j].end);
     }
+    before(j0, units);
     const int64_t last = ranges[units - 1].end;
     for (int64_t k0 = ranges[0].begin / kSteps * kSteps; k0 < last; k0 += kSteps) {
       int64_t begin[kUnits], end[kUnits];
@@ -141,19 +143,25 @@ void stair_product(Strided<T> w, const T* a, T* c, int64_t rows, int64_t vectors
         end[j] = std::clamp(ranges[j].end, k0, k0 + kSteps);
       }
       with_constant<kUnits>(units, [&](auto n) {
+        const auto block = [&](auto width, int64_t v) {
+          stair_block<n, width>(w.from_unit(j0), a + v * lanes, c + j0 * rows + v * lanes, rows,
+                                begin, end);
+        };
         int64_t v = 0;
         for (; v + kVectors <= vectors; v += kVectors)
-          stair_block<n, kVectors>(w.from_unit(j0), a + v * lanes, c + j0 * rows + v * lanes, rows,
-                                   begin, end);
-        for (; v + 2 <= vectors; v += 2)
-          stair_block<n, 2>(w.from_unit(j0), a + v * lanes, c + j0 * rows + v * lanes, rows, begin,
-                            end);
-        if (v < vectors)
-          stair_block<n, 1>(w.from_unit(j0), a + v * lanes, c + j0 * rows + v * lanes, rows, begin,
-                            end);
+          block(std::integral_constant<int, kVectors>{}, v);
+        for (; v + 2 <= vectors; v += 2) block(std::integral_constant<int, 2>{}, v);
+        if (v < vectors) block(std::integral_constant<int, 1>{}, v);
       });
     }
+    after(j0, units);
   }
+}
+template <class T, class RangeOf>
+void stair_product(Strided<T> w, const T* a, T* c, int64_t rows, int64_t vectors, int64_t count,
+                   const RangeOf& range) {
+  const auto nothing = [](int64_t, int64_t) {};
+  stair_product(w, a, c, rows, vectors, count, range, nothing, nothing);
 }
 
 // The tiles that a product over rows runs through: matrix k of tile t begins at data + t * stride.

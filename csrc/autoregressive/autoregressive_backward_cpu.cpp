@@ -1,0 +1,151 @@
+// Backward of the parallel direction: cotangents tile by tile, then the parameters' gradients.
+#include "autoregressive_outer.h"
+#include "autoregressive_scale.h"
+
+namespace fastflow {
+namespace {
+
+template <class T>
+struct TileScratch;
+template <class T>
+struct GroupScratch;
+
+// From dy (in `dx`, sorted) and dladj: the cotangents of the outputs, and what reaches x directly.
+template <class T>
+void scale_tile_backward(const AutoregressiveArgs& args, const T* outputs, const T* x,
+                         const T* dladj, int64_t R, int64_t vectors, T* dx, T* d_outputs) {
+  using V = Vec<T>;
+  const T c0 = T(args.c0), c1 = T(args.c1);
+  with_scale(args.scale, [&](auto kind) {
+    for (int64_t k = 0; k < args.features; ++k)
+      for (int64_t r = 0; r < vectors * V::lanes; r += V::lanes) {
+        const V m = V::load(outputs + 2 * k * R + r), in = V::load(x + k * R + r);
+        const auto map = scale_map<kind>(V::load(outputs + (2 * k + 1) * R + r), c0, c1);
+        const V dy = V::load(dx + k * R + r), gate_m = kind == Scale::gate ? m : V(T(0));
+        const V dm = kind == Scale::gate ? map.complement * dy : dy;
+        const V d = map.s * dy;
+        const V dl = d * (in - gate_m) + V::load(dladj + r);
+        d.store(dx + k * R + r);
+        dm.store(d_outputs + 2 * k * R + r);
+        (dl * map.slope).store(d_outputs + (2 * k + 1) * R + r);
+      }
+  });
+}
+
+// dP of the level that `layer` reads, from dP of the level that it makes: W^T dP times the slope,
+// plus what skips two levels. Fills the level's activations A, too.
+template <class T>
+void backward_level(const SortedLayer<T>& layer, Activation activation, bool linear, const T* d_out,
+                    const T* p, const T* d_skipped, int64_t R, int64_t vectors, T* d, T* a) {
+  constexpr int lanes = Vec<T>::lanes;
+  const auto before = [&](int64_t j0, int64_t units) { std::fill_n(d + j0 * R, units * R, T(0)); };
+  const auto read_by = [&](int64_t j) { return layer.read_by(j); };
+  if (linear) {
+    stair_product(
+        layer.transposed(), d_out, d, R, vectors, layer.columns, read_by, before,
+        [&](int64_t j0, int64_t units) { std::copy_n(p + j0 * R, units * R, a + j0 * R); });
+    return;
+  }
+  with_activation(activation, [&](auto kind) {
+    stair_product(layer.transposed(), d_out, d, R, vectors, layer.columns, read_by, before,
+                  [&](int64_t j0, int64_t units) {
+                    for (int64_t j = j0; j < j0 + units; ++j)
+                      for (int64_t r = j * R; r < j * R + vectors * lanes; r += lanes) {
+                        const auto act = activate_with_slope<kind>(Vec<T>::load(p + r));
+                        Vec<T> sum = Vec<T>::load(d + r) * act.slope;
+                        if (d_skipped) sum += Vec<T>::load(d_skipped + r);
+                        sum.store(d + r);
+                        act.value.store(a + r);
+                      }
+                  });
+  });
+}
+
+// Fills the tile's cotangents dP_1 .. dP_{L+1} and activations A_0 .. A_L, and writes what has
+// rows.
+template <class T>
+void backward_tile(const AutoregressiveArgs& args, const Network<T>& network,
+                   const TileShape& shape, int64_t tile, T* cotangents, T* activations) {
+  using S = Scratch<TileScratch<T>>;
+  const int64_t R = shape.rows, D = args.features, N = args.outputs(), L = network.layer_count - 1;
+  const int64_t live = shape.live_rows(tile), vectors = shape.live_vectors<T>(tile);
+  const SortedLayer<T>* layers = network.layers;
+  S scratch(S::template bytes<T>(D * R));
+  T* dx = scratch.template take<T>(D * R);
+
+  const T* saved = static_cast<const T*>(args.saved) + tile * R * shape.total;
+  const T* d_out = static_cast<const T*>(args.d_out) + tile * R * (args.affine ? D : N);
+  T* d = cotangents + (cotangent_units(network) - N) * R;
+  T* a = activations + activation_units(network) * R;
+  const T* p = saved + (shape.total - (args.affine ? N : 0)) * R;
+  load_tile(static_cast<const T*>(args.x) + tile * R * D, D, live, D, network.position, activations,
+            R);
+  if (args.affine) {
+    load_tile(d_out, D, live, D, network.position, dx, R);
+    T dladj[64] = {};
+    std::copy_n(static_cast<const T*>(args.d_ladj) + tile * R, live, dladj);
+    scale_tile_backward(args, p, activations, dladj, R, vectors, dx, d);
+  } else {
+    load_tile(d_out, N, live, N, layers[L].position, d, R);
+    std::fill_n(dx, D * R, T(0));
+  }
+  for (int64_t l = L; l >= 1; --l) {
+    const SortedLayer<T>& layer = layers[l];
+    p -= layer.columns * R;
+    a -= layer.columns * R;
+    T* below = d - layer.columns * R;
+    // Level l + 2 follows level l + 1, whose cotangent is d.
+    const T* skipped = l < L && layers[l + 1].skip ? d + layer.rows * R : nullptr;
+    backward_level(layer, args.activation, layers[l - 1].linear, d, p, skipped, R, vectors, below,
+                   a);
+    d = below;
+  }
+  if (args.d_in) {
+    stair_product(layers[0].transposed(), d, dx, R, vectors, D,
+                  [&](int64_t j) { return layers[0].read_by(j); });
+    store_tile(dx, R, network.position, live, D, static_cast<T*>(args.d_in) + tile * R * D, D);
+  }
+  d = cotangents;
+  for (int64_t l = 0; l <= L; d += layers[l++].rows * R)
+    if (T* dterm = static_cast<T*>(args.layers[l].dterm))
+      store_tile(d, R, layers[l].position, live, layers[l].rows, dterm + tile * R * layers[l].rows,
+                 layers[l].rows);
+  clear_padding(cotangents, cotangent_units(network), R, live);
+  clear_padding(activations, activation_units(network), R, live);
+}
+
+template <class T>
+void backward(const AutoregressiveArgs& args) {
+  const Network<T> network(args);
+  const TileShape shape(args);
+  const int64_t d_size = cotangent_units(network) * shape.rows;
+  const int64_t a_size = activation_units(network) * shape.rows;
+  // The rows of a group are summed together: few enough to stay in the cache, more or less.
+  constexpr int64_t group_rows = 1024;
+  const int64_t group_tiles = std::min(shape.count, group_rows / shape.rows);
+  using S = Scratch<GroupScratch<T>>;
+  S scratch(S::template bytes<T>(group_tiles * d_size) +
+            S::template bytes<T>(group_tiles * a_size));
+  T* cotangents = scratch.template take<T>(group_tiles * d_size);
+  T* activations = scratch.template take<T>(group_tiles * a_size);
+  for (int64_t first = 0; first < shape.count; first += group_tiles) {
+    const int64_t tiles = std::min(group_tiles, shape.count - first);
+    parallel_tasks(tiles, network.cycles(tiles * shape.rows) > kThreadCycles, [&](int64_t i) {
+      backward_tile(args, network, shape, first + i, cotangents + i * d_size,
+                    activations + i * a_size);
+    });
+    if (!args.layers[0].dweight) continue;
+    const int64_t vectors =
+        (tiles - 1) * (shape.rows / Vec<T>::lanes) + shape.live_vectors<T>(first + tiles - 1);
+    outer_products(args, network,
+                   TileGroup<T>{cotangents, activations, shape.rows, vectors, first == 0});
+  }
+}
+
+}  // namespace
+
+void autoregressive_backward_cpu(const AutoregressiveArgs& args) {
+  args.is_double ? backward<double>(args) : backward<float>(args);
+}
+
+}  // namespace fastflow

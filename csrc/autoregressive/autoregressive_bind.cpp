@@ -1,0 +1,271 @@
+// Registers made and autoregressive with PyTorch: from stable-ABI tensors to AutoregressiveArgs and
+// back. On the GPU these ops run in Triton; the CUDA library has none.
+#ifndef FASTFLOW_CUDA
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "autoregressive_tile.h"
+
+namespace fastflow {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Shape = std::initializer_list<int64_t>;
+using Tensors = std::vector<Tensor>;
+using Gradients = std::tuple<Tensor, Tensors, Tensors, Tensors>;
+
+// The ops are raw: fastflow.functional has prepared their arguments. These checks keep a wrong call
+// from touching memory that is not there.
+void check(bool good, const std::string& what) { STD_TORCH_CHECK(good, "autoregressive: ", what); }
+
+void check_like(const Tensor& tensor, const std::string& name, const Tensor& first, Shape shape) {
+  check(tensor.scalar_type() == first.scalar_type(),
+        name + " must have the dtype of the first argument");
+  check(tensor.is_cpu() && tensor.is_contiguous(), name + " must be contiguous and on the CPU");
+  const auto sizes = tensor.sizes();
+  bool same = sizes.size() == shape.size();
+  for (size_t i = 0; same && i < sizes.size(); ++i) same = sizes[i] == shape.begin()[i];
+  check(same, name + " has the wrong shape");
+}
+
+Tensor empty(Shape shape, const Tensor& like) {
+  int64_t strides[2] = {1, 1};
+  if (shape.size() == 2) strides[0] = shape.begin()[1];
+  const int32_t dtype = like.scalar_type() == ScalarType::Double ? aoti_torch_dtype_float64()
+                                                                 : aoti_torch_dtype_float32();
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(int64_t(shape.size()), shape.begin(), strides, dtype,
+                               aoti_torch_device_type_cpu(), -1, &handle));
+  return Tensor(handle);
+}
+
+// The stairs of a call, level by level.
+class Stairs {
+ public:
+  explicit Stairs(const Tensor& stairs) : next_(nullptr) {
+    check(stairs.scalar_type() == ScalarType::Int && stairs.dim() == 1 && stairs.is_cpu() &&
+              stairs.is_contiguous(),
+          "stairs must be a contiguous vector of int32 on the CPU");
+    next_ = static_cast<const int32_t*>(stairs.data_ptr());
+    end_ = next_ + stairs.size(0);
+  }
+  const int32_t* order(int64_t n) {
+    const int32_t* order = take(n);
+    seen_.assign(size_t(n), false);
+    for (int64_t k = 0; k < n; ++k) {
+      check(order[k] >= 0 && order[k] < n && !seen_[size_t(order[k])],
+            "stairs: an order must be a permutation");
+      seen_[size_t(order[k])] = true;
+    }
+    return order;
+  }
+  const int32_t* prefix(int64_t n, int64_t columns) {
+    const int32_t* prefix = take(n);
+    for (int64_t k = 0; k < n; ++k)
+      check(prefix[k] >= (k ? prefix[k - 1] : 0) && prefix[k] <= columns,
+            "stairs: prefixes must be between 0 and the units of the level before, and must not "
+            "decrease");
+    return prefix;
+  }
+  void finish() const { check(next_ == end_, "stairs has the wrong length"); }
+
+ private:
+  const int32_t* take(int64_t n) {
+    check(end_ - next_ >= n, "stairs has the wrong length");
+    const int32_t* taken = next_;
+    next_ += n;
+    return taken;
+  }
+  const int32_t* next_;
+  const int32_t* end_;
+  std::vector<bool> seen_;
+};
+
+// The network of a call as the kernels see it; the tensors it points to outlive it.
+struct Call {
+  AutoregressiveArgs args{};
+  std::vector<MaskedLayer> layers;
+
+  Call(const Tensor& x, const Tensors& weights, const Tensor& stairs, int64_t activation,
+       bool residual) {
+    const auto dtype = x.scalar_type();
+    check(dtype == ScalarType::Float || dtype == ScalarType::Double,
+          "the first argument must be float32 or float64");
+    check(x.dim() == 2 && x.size(0) >= 1 && x.size(1) >= 1,
+          "the first argument must have shape (B, D), both at least 1");
+    check(!weights.empty(), "weights must not be empty");
+    check(activation >= 0 && activation <= int64_t(Activation::leaky_relu),
+          "activation must be between 0 and 6");
+    args.batch = x.size(0);
+    args.features = x.size(1);
+    args.layer_count = int64_t(weights.size());
+    args.activation = Activation(activation);
+    args.residual = residual;
+    args.is_double = dtype == ScalarType::Double;
+    check_like(x, "the first argument", x, {args.batch, args.features});
+
+    Stairs levels(stairs);
+    int64_t columns = args.features;
+    const int32_t* column_order = levels.order(columns);
+    for (const Tensor& weight : weights) {
+      check(weight.dim() == 2 && weight.size(0) >= 1, "weights must have 2 dimensions, none empty");
+      MaskedLayer layer{};
+      layer.rows = weight.size(0);
+      layer.columns = columns;
+      check_like(weight, "a weight", x, {layer.rows, columns});
+      layer.order = levels.order(layer.rows);
+      layer.prefix = levels.prefix(layer.rows, columns);
+      layer.column_order = column_order;
+      layer.weight = weight.data_ptr();
+      layers.push_back(layer);
+      columns = layer.rows;
+      column_order = layer.order;
+    }
+    levels.finish();
+    if (residual) {
+      check(args.layer_count % 2 == 0, "a residual network has an odd number of hidden layers");
+      for (int64_t l = 1; l + 1 < args.layer_count; ++l)
+        check(layers[size_t(l)].rows == layers[0].rows,
+              "the hidden layers of a residual network must have equal sizes");
+    }
+    args.layers = layers.data();
+  }
+
+  void set_scale(int64_t scale, double c0, double c1) {
+    check(scale >= 0 && scale <= int64_t(Scale::gate), "scale must be between 0 and 4");
+    check(args.outputs() == 2 * args.features, "the network must have 2 D outputs");
+    args.affine = true;
+    args.scale = Scale(scale);
+    args.c0 = c0;
+    args.c1 = c1;
+  }
+
+  void set_parameters(const Tensor& x, const Tensors& terms, const Tensors& biases) {
+    check(terms.empty() || terms.size() == layers.size(),
+          "terms must be empty or have an entry per layer");
+    check(biases.size() == layers.size(), "biases must have an entry per layer");
+    for (size_t l = 0; l < layers.size(); ++l) {
+      MaskedLayer& layer = layers[l];
+      if (biases[l].numel()) {
+        check_like(biases[l], "a bias", x, {layer.rows});
+        layer.bias = biases[l].data_ptr();
+      }
+      if (!terms.empty() && terms[l].numel()) {
+        check_like(terms[l], "a term", x, {args.batch, layer.rows});
+        layer.term = terms[l].data_ptr();
+      }
+    }
+  }
+};
+
+using Launcher = void (*)(const AutoregressiveArgs&);
+
+// Both directions of autoregressive, and made: {result, ladj, saved}. `in` is the op's input.
+std::tuple<Tensor, Tensor, Tensor> run(Call& call, Launcher launch, const Tensor& in, bool save,
+                                       bool inverse) {
+  AutoregressiveArgs& args = call.args;
+  const int64_t B = args.batch;
+  Tensor out = empty({B, args.affine ? args.features : args.outputs()}, in);
+  Tensor ladj = empty({args.affine ? B : 0}, in);
+  Tensor saved = empty({save ? TileShape(args).size() : 0}, in);
+  args.x = inverse ? out.data_ptr() : in.data_ptr();
+  args.y = inverse ? in.data_ptr() : out.data_ptr();
+  args.ladj = ladj.data_ptr();
+  args.saved = save ? saved.data_ptr() : nullptr;
+  launch(args);
+  return {std::move(out), std::move(ladj), std::move(saved)};
+}
+
+Gradients run_backward(Call& call, Launcher launch, const Tensor& d_out, const Tensor* d_ladj,
+                       const Tensor& x, const Tensor& saved, int64_t term_layers,
+                       int64_t bias_layers, bool x_grad, bool param_grads) {
+  AutoregressiveArgs& args = call.args;
+  const int64_t B = args.batch, D = args.features;
+  check_like(d_out, "the cotangent of the output", x, {B, args.affine ? D : args.outputs()});
+  if (d_ladj) check_like(*d_ladj, "dladj", x, {B});
+  check_like(saved, "saved", x, {TileShape(args).size()});
+  args.x = x.data_ptr();
+  args.saved = saved.data_ptr();
+  args.d_out = d_out.data_ptr();
+  args.d_ladj = d_ladj ? d_ladj->data_ptr() : nullptr;
+  Tensor d_in = x_grad ? empty({B, D}, x) : empty({0}, x);
+  args.d_in = x_grad ? d_in.data_ptr() : nullptr;
+  Tensors dterms, dweights, dbiases;
+  for (size_t l = 0; l < call.layers.size(); ++l) {
+    MaskedLayer& layer = call.layers[l];
+    const bool term = term_layers >> l & 1, bias = param_grads && bias_layers >> l & 1;
+    dterms.push_back(term ? empty({B, layer.rows}, x) : empty({0}, x));
+    dweights.push_back(param_grads ? empty({layer.rows, layer.columns}, x) : empty({0}, x));
+    dbiases.push_back(bias ? empty({layer.rows}, x) : empty({0}, x));
+    layer.dterm = term ? dterms[l].data_ptr() : nullptr;
+    layer.dweight = param_grads ? dweights[l].data_ptr() : nullptr;
+    layer.dbias = bias ? dbiases[l].data_ptr() : nullptr;
+  }
+  launch(args);
+  return {std::move(d_in), std::move(dterms), std::move(dweights), std::move(dbiases)};
+}
+
+std::tuple<Tensor, Tensor> made_forward(Tensor x, Tensors terms, Tensors weights, Tensors biases,
+                                        Tensor stairs, int64_t activation, bool residual,
+                                        bool save) {
+  Call call(x, weights, stairs, activation, residual);
+  call.set_parameters(x, terms, biases);
+  auto [y, ladj, saved] = run(call, autoregressive_forward_cpu, x, save, false);
+  return {std::move(y), std::move(saved)};
+}
+
+Gradients made_backward(Tensor dy, Tensor x, Tensor saved, Tensors weights, Tensor stairs,
+                        int64_t activation, bool residual, int64_t term_layers, int64_t bias_layers,
+                        bool x_grad, bool param_grads) {
+  Call call(x, weights, stairs, activation, residual);
+  return run_backward(call, autoregressive_backward_cpu, dy, nullptr, x, saved, term_layers,
+                      bias_layers, x_grad, param_grads);
+}
+
+template <Launcher launch, bool inverse>
+std::tuple<Tensor, Tensor, Tensor> autoregressive(Tensor in, Tensors terms, Tensors weights,
+                                                  Tensors biases, Tensor stairs, int64_t activation,
+                                                  bool residual, int64_t scale, double c0,
+                                                  double c1, bool save) {
+  Call call(in, weights, stairs, activation, residual);
+  call.set_scale(scale, c0, c1);
+  call.set_parameters(in, terms, biases);
+  return run(call, launch, in, save, inverse);
+}
+
+template <Launcher launch>
+Gradients autoregressive_gradients(Tensor d_out, Tensor dladj, Tensor x, Tensor saved,
+                                   Tensors weights, Tensor stairs, int64_t activation,
+                                   bool residual, int64_t scale, double c0, double c1,
+                                   int64_t term_layers, int64_t bias_layers, bool x_grad,
+                                   bool param_grads) {
+  Call call(x, weights, stairs, activation, residual);
+  call.set_scale(scale, c0, c1);
+  return run_backward(call, launch, d_out, &dladj, x, saved, term_layers, bias_layers, x_grad,
+                      param_grads);
+}
+
+}  // namespace
+}  // namespace fastflow
+
+STABLE_TORCH_LIBRARY_IMPL(fastflow, CPU, m) {
+  using namespace fastflow;
+  m.impl("made_forward", TORCH_BOX(&made_forward));
+  m.impl("made_backward", TORCH_BOX(&made_backward));
+  m.impl("autoregressive_forward", TORCH_BOX((&autoregressive<autoregressive_forward_cpu, false>)));
+  m.impl("autoregressive_inverse", TORCH_BOX((&autoregressive<autoregressive_inverse_cpu, true>)));
+  m.impl("autoregressive_backward",
+         TORCH_BOX(&autoregressive_gradients<autoregressive_backward_cpu>));
+  m.impl("autoregressive_inverse_backward",
+         TORCH_BOX(&autoregressive_gradients<autoregressive_inverse_backward_cpu>));
+}
+
+#endif  // FASTFLOW_CUDA

@@ -1,0 +1,137 @@
+// The network of a tile of rows, and the scale map behind it: the parallel direction.
+#include "autoregressive_network.h"
+#include "autoregressive_scale.h"
+
+namespace fastflow {
+namespace {
+
+template <class T>
+struct ForwardScratch;
+
+// P = b + T [+ the level before the last] + W A, then A_next = act(P), block of units by block.
+template <class T>
+void forward_layer(const SortedLayer<T>& layer, Activation activation, const T* a, const T* skipped,
+                   const TileShape& shape, int64_t tile, T* p, T* a_next) {
+  constexpr int lanes = Vec<T>::lanes;
+  const int64_t R = shape.rows, vectors = shape.live_vectors<T>(tile);
+  if (layer.term)
+    load_tile(layer.term + tile * R * layer.rows, layer.rows, shape.live_rows(tile), layer.rows,
+              layer.position, p, R);
+  const auto before = [&](int64_t j0, int64_t units) {
+    for (int64_t j = j0; j < j0 + units; ++j) {
+      const Vec<T> bias(layer.bias ? layer.bias[j] : T(0));
+      for (int64_t r = j * R; r < j * R + vectors * lanes; r += lanes) {
+        Vec<T> sum = bias;
+        if (layer.term) sum += Vec<T>::load(p + r);
+        if (layer.skip) sum += Vec<T>::load(skipped + r);
+        sum.store(p + r);
+      }
+    }
+  };
+  const auto reads = [&](int64_t j) { return layer.reads(j); };
+  if (layer.linear) {
+    stair_product(layer.forward(), a, p, R, vectors, layer.rows, reads, before,
+                  [](int64_t, int64_t) {});
+    return;
+  }
+  with_activation(activation, [&](auto kind) {
+    stair_product(layer.forward(), a, p, R, vectors, layer.rows, reads, before,
+                  [&](int64_t j0, int64_t units) {
+                    for (int64_t j = j0; j < j0 + units; ++j)
+                      for (int64_t r = j * R; r < j * R + vectors * lanes; r += lanes)
+                        activate<kind>(Vec<T>::load(p + r)).store(a_next + r);
+                  });
+  });
+}
+
+// y in place of x (both sorted) and ladj, from the outputs of the network.
+template <class T>
+void scale_tile(const AutoregressiveArgs& args, const T* outputs, int64_t R, int64_t vectors, T* x,
+                T* ladj) {
+  using V = Vec<T>;
+  const T c0 = T(args.c0), c1 = T(args.c1);
+  with_scale(args.scale, [&](auto kind) {
+    for (int64_t r = 0; r < vectors * V::lanes; r += V::lanes) {
+      V total(T(0));
+      for (int64_t k0 = 0; k0 < args.features; k0 += 64) {
+        V sum(T(0));
+        for (int64_t k = k0; k < std::min(k0 + 64, args.features); ++k) {
+          const V m = V::load(outputs + 2 * k * R + r), in = V::load(x + k * R + r);
+          const auto map = scale_map<kind>(V::load(outputs + (2 * k + 1) * R + r), c0, c1);
+          const V shift = kind == Scale::gate ? map.complement * m : m;
+          (map.s * in + shift).store(x + k * R + r);
+          sum += map.l;
+        }
+        total += sum;
+      }
+      total.store(ladj + r);
+    }
+  });
+}
+
+// Columns of `saved` that no vector of the tile reaches.
+template <class T>
+void clear_unused(T* tile, int64_t units, int64_t R, int64_t used) {
+  for (int64_t j = 0; used < R && j < units; ++j)
+    std::fill(tile + j * R + used, tile + (j + 1) * R, T(0));
+}
+
+template <class T>
+void forward_tile(const AutoregressiveArgs& args, const Network<T>& network, const TileShape& shape,
+                  int64_t tile) {
+  using S = Scratch<ForwardScratch<T>>;
+  const int64_t R = shape.rows, D = args.features, N = args.outputs();
+  const int64_t live = shape.live_rows(tile), vectors = shape.live_vectors<T>(tile);
+  T* saved = static_cast<T*>(args.saved);
+  S scratch(S::template bytes<T>(D * R) + 2 * S::template bytes<T>(network.widest * R) +
+            (saved ? 0 : S::template bytes<T>(shape.total * R)) +
+            (args.affine ? 0 : S::template bytes<T>(N * R)));
+  T* x = scratch.template take<T>(D * R);
+  T* a = scratch.template take<T>(network.widest * R);
+  T* a_next = scratch.template take<T>(network.widest * R);
+  T* levels = saved ? saved + tile * R * shape.total : scratch.template take<T>(shape.total * R);
+  T* outputs = args.affine ? levels + (shape.total - N) * R : scratch.template take<T>(N * R);
+
+  load_tile(static_cast<const T*>(args.x) + tile * R * D, D, live, D, network.position, x, R);
+  const T* in = x;
+  const T *before_last = nullptr, *last = nullptr;
+  T* p = levels;
+  for (int64_t l = 0; l < network.layer_count; ++l) {
+    const SortedLayer<T>& layer = network.layers[l];
+    if (l + 1 == network.layer_count) p = outputs;
+    forward_layer(layer, args.activation, in, before_last, shape, tile, p, a_next);
+    in = layer.linear ? p : a_next;
+    std::swap(a, a_next);
+    before_last = last;
+    last = p;
+    p += layer.rows * R;
+  }
+  if (saved) clear_unused(levels, shape.total, R, vectors * Vec<T>::lanes);
+
+  T* y = static_cast<T*>(args.y);
+  if (args.affine) {
+    T ladj[64];
+    scale_tile(args, outputs, R, vectors, x, ladj);
+    store_tile(x, R, network.position, live, D, y + tile * R * D, D);
+    std::copy_n(ladj, live, static_cast<T*>(args.ladj) + tile * R);
+  } else {
+    store_tile(outputs, R, network.layers[network.layer_count - 1].position, live, N,
+               y + tile * R * N, N);
+  }
+}
+
+template <class T>
+void forward(const AutoregressiveArgs& args) {
+  const Network<T> network(args);
+  const TileShape shape(args);
+  parallel_tasks(shape.count, network.cycles(args.batch) > kThreadCycles,
+                 [&](int64_t tile) { forward_tile(args, network, shape, tile); });
+}
+
+}  // namespace
+
+void autoregressive_forward_cpu(const AutoregressiveArgs& args) {
+  args.is_double ? forward<double>(args) : forward<float>(args);
+}
+
+}  // namespace fastflow
