@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 
@@ -149,19 +149,91 @@ def _planar_flow_gradients(
     return (torch.empty_like(z), *(z.new_empty(shape) for shape in shapes))
 
 
-FAKES: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+def _saved(x: Tensor, units: int) -> Tensor:
+    rows = (x.shape[0] + 63) // 64 * 64  # whole tiles
+    return x.new_empty(rows * units)
+
+
+def _made_outputs(
+    x: Tensor,
+    terms: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    stairs: Tensor,
+    activation: int,
+    residual: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    y = x.new_empty(x.shape[0], weights[-1].shape[0])
+    return y, _saved(x, sum(w.shape[0] for w in weights[:-1])) if save else x.new_empty(0)
+
+
+def _autoregressive_outputs(
+    x: Tensor, terms: Sequence[Tensor], weights: Sequence[Tensor], *setting: float | bool | Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    save = setting[-1]
+    saved = _saved(x, sum(w.shape[0] for w in weights)) if save else x.new_empty(0)
+    return torch.empty_like(x), x.new_empty(x.shape[0]), saved
+
+
+def _masked_gradients(
+    x: Tensor, weights: Sequence[Tensor], wanted: tuple[int, int, bool, bool]
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    term_layers, bias_layers, x_grad, param_grads = wanted
+    none, layers = x.new_empty(0), list(enumerate(weights))
+    rows = x.shape[0]
+    return (
+        torch.empty_like(x) if x_grad else none.clone(),
+        [x.new_empty(rows, w.shape[0]) if term_layers >> i & 1 else none.clone() for i, w in layers],
+        [torch.empty_like(w) if param_grads else none.clone() for w in weights],
+        [
+            x.new_empty(w.shape[0]) if param_grads and bias_layers >> i & 1 else none.clone()
+            for i, w in layers
+        ],
+    )
+
+
+def _made_gradients(
+    dy: Tensor, x: Tensor, saved: Tensor, weights: Sequence[Tensor], *setting: float | Tensor
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    return _masked_gradients(x, weights, setting[-4:])
+
+
+def _autoregressive_gradients(
+    d_out: Tensor,
+    dladj: Tensor,
+    x: Tensor,
+    saved: Tensor,
+    weights: Sequence[Tensor],
+    *setting: float | Tensor,
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    return _masked_gradients(x, weights, setting[-4:])
+
+
+FAKES: dict[str, Callable[..., tuple]] = {
     "planar_flow_forward": _planar_flow_outputs,
     "planar_flow_backward": _planar_flow_gradients,
     "planar_flow_inverse": _planar_flow_outputs,
     "planar_flow_inverse_backward": _planar_flow_gradients,
+    "made_forward": _made_outputs,
+    "made_backward": _made_gradients,
+    "autoregressive_forward": _autoregressive_outputs,
+    "autoregressive_backward": _autoregressive_gradients,
+    "autoregressive_inverse": _autoregressive_outputs,
+    "autoregressive_inverse_backward": _autoregressive_gradients,
 }
 
 
 def _refuse_derivatives(
-    op: str, keyset: torch._C.DispatchKeySet, *args: Tensor | bool
-) -> tuple[Tensor, ...]:
+    op: str, keyset: torch._C.DispatchKeySet, *args: Tensor | list[Tensor] | float
+) -> tuple:
     """What a raw op does where autograd would look at it: no derivative rather than a wrong one."""
-    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    tensors = [
+        tensor
+        for arg in args
+        for tensor in (arg if isinstance(arg, (list, tuple)) else (arg,))
+        if isinstance(tensor, Tensor)
+    ]
     wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     if wanted or forward_mode_active(*tensors):
         function = op.removesuffix("_forward").removesuffix("_backward")

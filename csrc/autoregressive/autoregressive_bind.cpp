@@ -168,6 +168,11 @@ struct Call {
 
 using Launcher = void (*)(const AutoregressiveArgs&);
 
+// What fastflow/native.py tells torch.compile: a size that any layout in tiles of up to 64 rows fits.
+int64_t saved_size(const AutoregressiveArgs& args) {
+  return (args.batch + 63) / 64 * 64 * TileShape(args).total;
+}
+
 // Both directions of autoregressive, and made: {result, ladj, saved}. `in` is the op's input.
 std::tuple<Tensor, Tensor, Tensor> run(Call& call, Launcher launch, const Tensor& in, bool save,
                                        bool inverse) {
@@ -175,7 +180,7 @@ std::tuple<Tensor, Tensor, Tensor> run(Call& call, Launcher launch, const Tensor
   const int64_t B = args.batch;
   Tensor out = empty({B, args.affine ? args.features : args.outputs()}, in);
   Tensor ladj = empty({args.affine ? B : 0}, in);
-  Tensor saved = empty({save ? TileShape(args).size() : 0}, in);
+  Tensor saved = empty({save ? saved_size(args) : 0}, in);
   args.x = inverse ? out.data_ptr() : in.data_ptr();
   args.y = inverse ? in.data_ptr() : out.data_ptr();
   args.ladj = ladj.data_ptr();
@@ -191,7 +196,7 @@ Gradients run_backward(Call& call, Launcher launch, const Tensor& d_out, const T
   const int64_t B = args.batch, D = args.features;
   check_like(d_out, "the cotangent of the output", x, {B, args.affine ? D : args.outputs()});
   if (d_ladj) check_like(*d_ladj, "dladj", x, {B});
-  check_like(saved, "saved", x, {TileShape(args).size()});
+  check_like(saved, "saved", x, {saved_size(args)});
   args.x = x.data_ptr();
   args.saved = saved.data_ptr();
   args.d_out = d_out.data_ptr();
