@@ -116,25 +116,31 @@ def draw_posterior(
     count: int = 4,
 ) -> None:
     """Draws the 2-D prior and posterior of a few test images, with the normal that the posterior's
-    flow starts from, if it has one."""
+    flow starts from, if it has one. The images have one pair of axes in common."""
     x = images[:count]
     posterior = model.posterior
     has_flow = isinstance(posterior, PlanarPosterior)
     figure = _figure(3.2 * len(x) + 0.4, 5.2)
-    grid = figure.subplots(2, len(x), squeeze=False, height_ratios=(1, 3))
-    for column, (thumbnail, axes) in enumerate(grid.T):
-        _show(thumbnail, x[column], shape)
-        h = model.encoder(x[column : column + 1])
-        noise = torch.randn(1000, 1, 2, generator=generator, device=generator.device)
-        drawn = [posterior(h, noise).z]
+    thumbnails, panels = figure.subplots(
+        2, len(x), sharex="row", sharey="row", squeeze=False, height_ratios=(1, 3)
+    )
+    h = model.encoder(x)
+    noise = torch.randn(1000, len(x), 2, generator=generator, device=generator.device)
+    drawn = posterior(h, noise).z
+    if has_flow:
+        drawn = torch.cat([drawn, posterior.base_draw(h, noise)])
+    everything = _square_around(drawn.reshape(-1, 2))
+    for column, axes in enumerate(panels):
+        _show(thumbnails[column], x[column], shape)
+        h_x = h[column : column + 1]
+        points = _square_around(drawn[:, column])  # its own: a narrow density needs a fine grid
+        _contour_prior(axes, everything)
+        _contour(axes, points, posterior.log_prob(points, h_x), POSTERIOR, filled=True)
         if has_flow:
-            drawn.append(posterior.base_draw(h, noise))
-        points = _square_around(torch.cat(drawn).reshape(-1, 2))
-        _contour_prior(axes, points)
-        _contour(axes, points, posterior.log_prob(points, h), POSTERIOR, filled=True)
-        if has_flow:
-            _contour(axes, points, posterior.base_log_prob(points, h), BASE, filled=False)
+            _contour(axes, points, posterior.base_log_prob(points, h_x), BASE, filled=False)
         axes.set(xlabel="$z_1$", ylabel="$z_2$" if column == 0 else None, aspect="equal")
+    low, high = everything.amin((0, 1)).tolist(), everything.amax((0, 1)).tolist()
+    panels[0].set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
     masses = ", ".join(f"{100 * mass:.0f}" for mass in MASSES)
     legend = [Line2D([], [], color=PRIOR, lw=0.8, label="prior N(0, I), at the |z| written on it")]
     if has_flow:
