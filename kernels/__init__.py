@@ -1,4 +1,7 @@
-"""Triton kernels, one file per op. Importing this package imports neither Triton nor any kernel."""
+"""Triton kernels, and whether they can run. Importing this package imports neither them nor Triton.
+
+The kernels of an op are in files that begin with its name; `math` is what all of them share.
+"""
 
 from __future__ import annotations
 

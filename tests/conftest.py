@@ -52,6 +52,20 @@ def target(request: pytest.FixtureRequest) -> Iterator[Target]:
         yield request.param
 
 
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Restores the number of threads after a test that sets it."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread(threads: None) -> None:
+    """Runs the test in one thread."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)

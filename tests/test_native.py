@@ -67,14 +67,6 @@ def library() -> Path:
     return native.libraries["cpp"]
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """Restores the number of threads."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @KINDS
 @DIRECTIONS
 @pytest.mark.parametrize(("features", "steps"), [(1, 1), (5, 3), (33, 18)])

@@ -400,21 +400,17 @@ def test_a_row_does_not_depend_on_its_batch(
 
 
 @pytest.mark.parametrize("shared", KINDS)
-def test_runs_repeat_bitwise(target: Target, shared: bool) -> None:
+def test_runs_repeat_bitwise(target: Target, shared: bool, threads: None) -> None:
     leaves = problem(
         target.rows if target.slow else 3001, 6, 4, shared, torch.float32, target.device
     )
-    threads = torch.get_num_threads()
     first = None
-    try:
-        for run in range(2 if target.slow else 20):
-            if target.backend != "reference":  # PyTorch's sums split by thread
-                torch.set_num_threads(1 + run % 2)
-            result = [*planar_flow(*leaves), *grads(planar_flow, leaves)]
-            first = first or result
-            assert all(torch.equal(one, other) for one, other in zip(result, first))
-    finally:
-        torch.set_num_threads(threads)
+    for run in range(2 if target.slow else 20):
+        if target.backend != "reference":  # PyTorch's sums split by thread
+            torch.set_num_threads(1 + run % 2)
+        result = [*planar_flow(*leaves), *grads(planar_flow, leaves)]
+        first = first or result
+        assert all(torch.equal(one, other) for one, other in zip(result, first))
 
 
 # ---------------------------------------------------------------- arguments

@@ -22,13 +22,8 @@ COMMAND = [sys.executable, "-W", "ignore", "-m", "fastflow.vae"]
 TINY = ["--hidden", "8", "--epochs", "1", "--importance-samples", "4", "--device", "cpu"]
 
 
-@pytest.fixture(autouse=True)
-def threads():
-    """The command line sets the number of threads of this process, if told to."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+# tiny models only lose time to threads, and the command line sets their number, if told to
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -129,9 +124,9 @@ def test_train_and_sample(tmp_path, images, form, capsys):
     for more in ([], ["--manifold", "--grid", "3"], ["--seed", "1"]):
         picture = tmp_path / f"{len(more)}.png"
         assert call("sample", "--checkpoint", model, "--out", picture, *more) == 0
+        assert capsys.readouterr() == (f"{picture}\n", "")
         assert picture.read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "0.png").read_bytes() != (tmp_path / "2.png").read_bytes()
-    assert capsys.readouterr() == ("", "")
 
 
 def test_same_seed_same_metrics(tmp_path, images):
@@ -168,8 +163,21 @@ USAGE = {
     "learning rate": (["train", "--out", "x", "--lr", "nan"], "lr: nan must be positive"),
     "seed": (["train", "--out", "x", "--seed", "-1"], "seed: -1 must be within"),
     "threads": (["train", "--out", "x", "--threads", "0"], "--threads: must be at least 1"),
-    "grid": (["sample", "--out", "x", "--checkpoint", "y", "--grid", "0"], "--grid: must be"),
-    "no checkpoint": (["sample", "--out", "x", "--checkpoint", "y"], "y: not a file"),
+    "grid": (["sample", "--out", "x.png", "--checkpoint", "y", "--grid", "0"], "--grid: must be"),
+    "no checkpoint": (["sample", "--out", "x.png", "--checkpoint", "y"], "y: not a file"),
+    "suffix": (["sample", "--out", "a/x.jpg", "--checkpoint", "y"], "end in .png, not 'x.jpg'"),
+    "no suffix": (["sample", "--out", "x", "--checkpoint", "y"], "must end in .png, not 'x'"),
+    "steps": (
+        ["train", "--out", "x", "--steps", "3"],
+        "--steps 3 has no effect with --posterior gaussian, it needs --posterior planar",
+    ),
+    "constraint": (["train", "--out", "x", "--constraint", "paper"], "paper has no effect"),
+    "shared": (["train", "--out", "x", "--shared"], "--shared has no effect with"),
+    "variance": (
+        ["train", "--out", "x", "--posterior", "planar", "--variance", "1"],
+        "--variance 1.0 has no effect with --likelihood bernoulli",
+    ),
+    "data root": (["train", "--out", "x", "--data-root", "y"], "--data-root has no effect with"),
 }
 
 
@@ -198,6 +206,8 @@ def test_folder_with_a_run_is_refused_and_left_alone(tmp_path, images, capsys):
     assert "already holds a run; --resume continues it" in complaint(capsys)
     assert train(images, out, "--resume", "--seed", "1") == 2
     assert "its run has --seed 0, not --seed 1" in complaint(capsys)
+    assert train(images, out, "--resume", "--steps", "3") == 2  # what its settings say, unused
+    assert "--steps 3 has no effect with --posterior gaussian" in complaint(capsys)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 

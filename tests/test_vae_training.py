@@ -3,7 +3,7 @@
 import csv
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 from vae_files import write_images
 
-from fastflow.vae import Config, VaeError, checkpoint, files, load
+from fastflow.vae import Config, VaeError, build, checkpoint, files, load, plots
 from fastflow.vae.training import FILES, STATE_FILE, Run, find_state
 
 CPU = torch.device("cpu")
@@ -26,13 +26,7 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing in the package may handle it."""
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny models only lose time to threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")  # tiny models only lose time to more
 
 
 @pytest.fixture
@@ -159,6 +153,29 @@ def test_files_agree(tmp_path, data):
     for name in FILES:
         if name.endswith(".png"):
             assert (tmp_path / "run" / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("posterior", ["gaussian", "planar"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_pictures_of_posteriors_share_their_axes(tmp_path, data, monkeypatch, posterior, count):
+    figures, centres, contour = [], [], plots._contour
+
+    def noted(axes, points, *rest, **more):
+        centres.append(points.mean((0, 1)).tolist())
+        contour(axes, points, *rest, **more)
+
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(plots, "_contour", noted)
+    model = build(replace(CONFIG, posterior=posterior), data.train.shape[1])
+    with torch.no_grad():
+        model.posterior.mean.weight *= 50  # far from each other
+    generator = torch.Generator().manual_seed(0)
+    plots.draw_posterior(tmp_path / "p.png", model, data.test, data.shape, generator, count)
+    panels = figures[0].axes[count:]
+    assert len(panels) == count
+    (limits,) = {(*axes.get_xlim(), *axes.get_ylim()) for axes in panels}
+    left, right, bottom, top = limits
+    assert all(left < z_1 < right and bottom < z_2 < top for z_1, z_2 in centres)
 
 
 def test_other_latent_sizes_have_no_posterior_picture(tmp_path, data):

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import torch
 
-from fastflow.vae.config import CHOICES, Config
+from fastflow.vae.config import CHOICES, Config, refuse_without_effect
 from fastflow.vae.data import load
 from fastflow.vae.errors import VaeError
 from fastflow.vae.seeding import generator_for
@@ -55,7 +55,12 @@ def _train(options: argparse.Namespace) -> int:
         state = find_state(folder, settings)
     else:
         require_no_run(folder)
-    data = load(state.config.data if state else config.data, options.data_root)
+    if state:
+        config = state.config
+    refuse_without_effect(config, settings)
+    if config.data == "digits" and options.data_root is not None:
+        raise VaeError("--data-root has no effect with --data digits, which needs no files")
+    data = load(config.data, options.data_root)
     if state:
         run = Run.resume(folder, state, data, device)
     else:
@@ -85,6 +90,7 @@ def _sample(options: argparse.Namespace) -> int:
     else:
         generator = generator_for(device, options.seed, "samples")
         draw_samples(options.out, sample_images(model, options.grid, generator), shape)
+    _say(str(options.out))
     return 0
 
 
@@ -140,13 +146,15 @@ def _parser() -> argparse.ArgumentParser:
     sample = commands.add_parser(
         "sample",
         help="draw images from a trained model",
-        description="Draws a grid of expected images of a trained model.",
+        description="Draws a grid of expected images of a trained model, and says where it is.",
         allow_abbrev=False,
     )
     sample.add_argument(
         "--checkpoint", type=Path, required=True, metavar="FILE", help="a model.safetensors"
     )
-    sample.add_argument("--out", type=Path, required=True, metavar="FILE", help="the picture, PNG")
+    sample.add_argument(
+        "--out", type=_picture, required=True, metavar="FILE", help="the picture, FILE.png"
+    )
     sample.add_argument(
         "--grid", type=_count, default=8, metavar="N", help="images per side (default: 8)"
     )
@@ -170,11 +178,11 @@ SETTINGS = {
     "epochs": (int, "epochs in all"),
     "latent": (int, "latent variables"),
     "hidden": (int, "hidden units of encoder and decoder"),
-    "steps": (int, "planar steps"),
+    "steps": (int, "planar steps, with --posterior planar"),
     "amortised": (bool, ""),
-    "constraint": (str, "what keeps a planar step invertible"),
+    "constraint": (str, "what keeps a step invertible, with --posterior planar"),
     "likelihood": (str, "what the decoder's output means"),
-    "variance": (float, "of the Gaussian likelihood"),
+    "variance": (float, "of the decoder, with --likelihood gaussian"),
     "binarise": (str, "draw binary pixels anew every epoch (dynamic) or train on grey values"),
     "batch_size": (int, "images per step"),
     "lr": (float, "learning rate of Adam"),
@@ -202,6 +210,13 @@ def _count(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
     return value
+
+
+def _picture(text: str) -> Path:
+    path = Path(text)
+    if path.suffix.lower() != ".png":
+        raise argparse.ArgumentTypeError(f"must end in .png, not {path.name!r}")
+    return path
 
 
 def _device(name: str) -> torch.device:

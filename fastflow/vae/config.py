@@ -28,13 +28,19 @@ RANGES = {
     "importance_samples": (1, 1 << 20),
 }
 POSITIVE = ("lr", "variance")
+NEEDS = {  # settings that mean something only beside another one
+    "steps": ("posterior", "planar"),
+    "amortised": ("posterior", "planar"),
+    "constraint": ("posterior", "planar"),
+    "variance": ("likelihood", "gaussian"),
+}
 
 
 @dataclass(frozen=True)
 class Config:
     """Everything that decides the numbers of a run, except the machine.
 
-    The defaults are the small architecture of the tutorials.
+    The defaults are a small model: 500 hidden units, 2 latents, and 3 steps if it has a flow.
 
     Raises:
         VaeError: a value has the wrong type or lies outside its range.
@@ -83,6 +89,32 @@ class Config:
         if not isinstance(content, dict) or set(content) != names:
             raise VaeError("the settings have unknown or missing entries")
         return cls(**content)
+
+
+def flag(name: str, value: object) -> str:
+    """How the command line says that a setting has a value."""
+    if name == "amortised":
+        return "--amortised" if value else "--shared"
+    return f"--{name.replace('_', '-')} {value}"
+
+
+def refuse_without_effect(config: Config, given: dict[str, object]) -> None:
+    """Refuses settings that somebody asked for and that would change nothing.
+
+    Arguments:
+        config: all settings of a run.
+        given: those of them that were asked for.
+
+    Raises:
+        VaeError: one of them needs another value of another setting.
+    """
+    for name, value in given.items():
+        other, needed = NEEDS.get(name, (None, None))
+        if other is not None and (held := getattr(config, other)) != needed:
+            raise VaeError(
+                f"{flag(name, value)} has no effect with {flag(other, held)}, "
+                f"it needs {flag(other, needed)}"
+            )
 
 
 def parse_json(text: str) -> Any:

@@ -41,7 +41,7 @@ def evaluate(
 
     .. math:: -\log \tfrac1S \sum_s p(x | z_s)\, p(z_s) / q(z_s | x), \qquad z_s \sim q(z | x)
 
-    Images and samples are taken in parts, so memory does not grow with either.
+    Images and samples are taken in parts: memory grows with neither, but for a weight per sample.
 
     Arguments:
         model: the autoencoder.

@@ -22,7 +22,7 @@ from fastflow.vae.checkpoint import (
     save_model,
     save_state,
 )
-from fastflow.vae.config import Config
+from fastflow.vae.config import Config, flag
 from fastflow.vae.data import ImageData, checked
 from fastflow.vae.errors import VaeError
 from fastflow.vae.evaluation import evaluate, mean_negative_elbo
@@ -268,17 +268,10 @@ def find_state(folder: Path, settings: dict[str, object]) -> State | None:
     for name, value in settings.items():
         held = getattr(state.config, name)
         if name not in ("epochs", "importance_samples") and value != held:
-            raise VaeError(f"{folder}: its run has {_flag(name, held)}, not {_flag(name, value)}")
+            raise VaeError(f"{folder}: its run has {flag(name, held)}, not {flag(name, value)}")
     config = replace(state.config, **settings)
     if config.epochs < len(state.history):
         raise VaeError(
             f"{folder}: has {len(state.history)} epochs already, --epochs is {config.epochs}"
         )
     return replace(state, config=config)
-
-
-def _flag(name: str, value: object) -> str:
-    """How the command line says that a setting has a value."""
-    if name == "amortised":
-        return "--amortised" if value else "--shared"
-    return f"--{name.replace('_', '-')} {value}"
