@@ -74,6 +74,11 @@ def status(name: str) -> str | None:
     return _registry[name].probe()
 
 
+def serves(name: str, device: str) -> bool:
+    """Whether the backend is made for a device type, working here or not."""
+    return _registry[name].serves(device)
+
+
 def available(device: str = "cpu", op: str | None = None) -> list[str]:
     """The backends that work here for a device type, the automatic choice first.
 

@@ -29,8 +29,9 @@ def info() -> dict[str, Any]:
     Returns:
         A dict with the keys `fastflow`, `python`, `torch`, `triton`, `cuda` (versions, None where
         there is none), `gpus` (names), `cpu` (the vector unit), `threads`, and `backends`: by name,
-        `devices` that it serves here, `reason` (None if it works), `remedy` and `library` (the
-        file it runs on, None if it is not compiled).
+        `needed` (whether it is made for a device that torch sees here), `devices` that it serves
+        here, `reason` (None if it works), `remedy` and `library` (the file it runs on, None if it
+        is not compiled).
 
     Example:
         >>> import fastflow
@@ -72,9 +73,11 @@ def report() -> str:
             where = f"{' and '.join(backend['devices'])} tensors"
             lines.append(f"  {name:<10} ready    {where}{library}")
         else:
-            lines.append(f"  {name:<10} missing  {backend['reason']}{library}")
+            found = "missing  " if backend["needed"] else "no GPU   not needed here: "
+            lines.append(f"  {name:<10} {found}{backend['reason']}{library}")
             if backend["remedy"]:
-                lines.append(f"  {'':<10}          -> {backend['remedy']}")
+                arrow = "->" if backend["needed"] else "-> for a GPU:"
+                lines.append(f"  {'':<10}          {arrow} {backend['remedy']}")
     return "\n".join(lines)
 
 
@@ -87,6 +90,7 @@ def _backend(name: str, gpu: bool) -> dict[str, Any]:
     remedy = next((what for words, what in REMEDIES if reason and words in reason), None)
     library = native.libraries.get(name)
     return {
+        "needed": any(backends.serves(name, device) for device in seen),
         "devices": devices,
         "reason": reason,
         "remedy": remedy,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +128,25 @@ def test_info_names_versions_and_backends() -> None:
     assert facts["backends"]["reference"]["reason"] is None
     for backend in facts["backends"].values():
         assert (backend["reason"] is None) == bool(backend["devices"])
+    assert facts["backends"]["cpp"]["needed"] and facts["backends"]["reference"]["needed"]
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_what_serves_gpus_alone_is_not_needed_without_one(
+    monkeypatch: pytest.MonkeyPatch, gpu: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(native, "libraries", {})
+    monkeypatch.setattr(native, "_reasons", {"cuda": "torch 2.11.0+cpu has no CUDA"})
+    told = diagnostics.report()
+    assert diagnostics.info()["backends"]["cuda"]["needed"] == gpu
+    if gpu:
+        assert "missing  torch 2.11.0+cpu has no CUDA" in told
+        assert "-> install a CUDA build of torch" in told
+    else:
+        assert "no GPU   not needed here: torch 2.11.0+cpu has no CUDA" in told
+        assert "-> for a GPU: install a CUDA build of torch" in told
 
 
 def test_every_reason_comes_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,3 +164,14 @@ def test_the_module_runs(tmp_path: Path) -> None:
     lines = run.stdout.splitlines()
     assert lines[0] == f"fastflow {fastflow.__version__}"
     assert any(line.split()[:2] == ["reference", "ready"] for line in lines)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pipes break in another way elsewhere")
+def test_a_reader_that_stops_early_sees_no_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fastflow"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.close()  # before it can have written anything: importing torch takes longer
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=60) == -signal.SIGPIPE
