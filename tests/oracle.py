@@ -36,7 +36,7 @@ def problem(
 ) -> list[Tensor]:
     """Leaves z, w, u, b of moderate size: w.z and w.u are of order one whatever D is."""
     batch = () if shared else (rows,)
-    scale = features**-0.5
+    scale = max(features, 1) ** -0.5
     shapes = [
         (rows, features),
         (*batch, steps, features),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from oracle import problem
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -23,10 +24,9 @@ needs_library = pytest.mark.skipif(
 
 def arguments(op: str, shared: bool = True, centred: bool = False) -> tuple[Tensor | bool, ...]:
     """Arguments of a raw op with B = 5, D = 3, K = 2."""
-    batch = () if shared else (5,)
-    z, w, u = torch.randn(5, 3), torch.randn(*batch, 2, 3), torch.randn(*batch, 2, 3)
+    z, w, u, b = (leaf.detach() for leaf in problem(5, 3, 2, shared, torch.float32))
     if not op.endswith("_backward"):
-        return z, w, u, torch.randn(*batch, 2), centred
+        return z, w, u, b, centred
     return z, torch.randn(5), z, z, w, u, torch.randn(5, 2), centred, True
 
 

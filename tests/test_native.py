@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from oracle import problem
 from torch import Tensor
 
 SIZES = [(1, 1, 1), (3, 2, 5), (17, 16, 1), (33, 17, 9), (70, 65, 4), (2, 300, 3)]
@@ -31,12 +32,11 @@ DIRECTIONS = pytest.mark.parametrize("inverse", [False, True], ids=["forward", "
 def arguments(
     rows: int, features: int, steps: int, shared: bool, dtype: torch.dtype = torch.float32
 ) -> list[Tensor]:
-    """z, w, u, b and cotangents of the output and of ladj."""
-    generator = torch.Generator().manual_seed(rows + 31 * features + 977 * steps)
-    batch = () if shared else (rows,)
-    sizes = [(rows, features), (*batch, steps, features), (*batch, steps, features)]
-    sizes += [(*batch, steps), (rows, features), (rows,)]
-    return [torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes]
+    """z, w, u, b and cotangents of the output and of ladj, the same whenever they are drawn."""
+    torch.manual_seed(rows + 31 * features + 977 * steps)
+    inputs = [leaf.detach() for leaf in problem(rows, features, steps, shared)]
+    cotangents = [torch.randn_like(inputs[0]), torch.randn(rows, dtype=torch.float64)]
+    return [tensor.to(dtype) for tensor in (*inputs, *cotangents)]
 
 
 def run(inverse: bool, tensors: list[Tensor], param_grads: bool = True) -> dict[str, Tensor]:
