@@ -15,7 +15,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-import environment
 import measure
 import peers
 import pytest
@@ -266,7 +265,6 @@ def test_planar_flow(
     moved, flops = case.bytes_moved(direction), case.flops(direction)
     seconds = measure.median(times)
     benchmark.extra_info.update(
-        environment.describe(settings.device),
         op=OP,
         case=str(case),
         direction=direction,

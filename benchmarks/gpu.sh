@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
-# Builds fastflow on this machine, runs its tests and benchmarks, and leaves what came out in a folder.
+# Builds, tests and measures fastflow on a machine with an NVIDIA GPU, and collects the results.
 #
 #   benchmarks/gpu.sh OUT_DIR
 #
-# Meant for a CUDA machine without a network: torch, nvcc, pytest, pytest-benchmark, tabulate and
-# matplotlib must be there. Peers that are missing are left out. Without a GPU it runs on the CPU with
-# the smallest grid. A phase that fails or runs out of time does not stop the next one.
+# OUT_DIR gets build.log, tests.log, bench.log, the figures as JSON, report.md with its plots, and
+# summary.txt. The exit code is 0 if everything passed.
+#
+# It downloads nothing: torch with CUDA, nvcc and the packages of the extras "test" and "bench" are
+# to be installed already; libraries to compare with that are not are left out. Without a GPU it
+# runs the smallest grid on the CPU. What fails or runs out of time does not stop what comes next.
 #
 # FASTFLOW_LIMIT   seconds for everything (default 570)
 # FASTFLOW_BENCH   grid: smoke, short, full (default: short on a GPU, smoke without)
-# FASTFLOW_PHASES  which of "build tests bench" (default: all); the others' time goes to these
+# FASTFLOW_PHASES  which of "build tests bench" to run (default: all)
 
 set -u
 

@@ -2,6 +2,9 @@
 
 python benchmarks/report.py JSON [JSON ...] --out DIR [--readme README.md]
 
+DIR gets report.md with all that was measured, the plots, and the figures they were made from. The
+README gets the first cases, those of the short grid, and every one in which fastflow is slower.
+
 Every figure is a speed-up: the rival's time over that of fastflow's fastest backend, the median of
 interleaved rounds. Cases in which fastflow is slower stay in, marked. Seconds are shown for GPUs
 only: those of a CPU say more about the machine than about the code.
@@ -15,20 +18,23 @@ import sys
 from pathlib import Path
 
 from plots import plot
-from runs import DIRECTIONS, RIVALS, ReportError, Run, load
+from runs import DIRECTIONS, RIVALS, ReportError, Row, Run, load, save
 from tabulate import tabulate
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 SLOWER = "▼"
+README_CASES = 4  # the whole short grid but for its large cases
+README_DIRECTIONS = ("forward_backward", "inverse")
 LEGEND = (
     "Speed-up: the other's time over that of fastflow's fastest backend, the median of rounds in "
     f"which they take turns. Below 1 fastflow is slower: **bold**, {SLOWER}. "
     "PyTorch: the same chain in plain PyTorch, step by step; hoisted: what does not depend on z "
     "computed once for all steps, which is also what torch.compile gets; for the inverse, which no "
-    "peer has, "
-    "Newton's method in plain PyTorch. Forward: without gradients. Of copy: the bytes that must be "
-    "moved at least, per second, in proportion to a plain copy in the same run; for cases larger "
-    "than the caches."
+    "peer has, Newton's method in plain PyTorch. Forward: without gradients."
+)
+COPY_LEGEND = (
+    "Of copy: the bytes that must be moved at least, per second, in proportion to a plain copy in "
+    "the same run; for cases larger than the caches."
 )
 
 
@@ -52,12 +58,12 @@ def duration(seconds: float) -> str:
     return f"{figure(seconds * 1e6)} µs" if seconds < 1e-3 else f"{figure(seconds * 1e3)} ms"
 
 
-def summary(run: Run) -> str:
-    """The table of a run: a line per case and direction, fastflow's fastest against the rest."""
-    shown = [rival for rival in RIVALS if any(rival in row.contenders for row in run.rows)]
-    copied = any(row.fastest["share_of_copy"] is not None for row in run.rows)
+def summary(run: Run, rows: list[Row]) -> str:
+    """Rows of a run as a table: fastflow's fastest against the rest, case by case."""
+    shown = [rival for rival in RIVALS if any(rival in row.contenders for row in rows)]
+    copied = any(row.fastest["share_of_copy"] is not None for row in rows)
     lines = []
-    for row in run.rows:
+    for row in rows:
         best = row.fastest
         line = {
             "case": row.case,
@@ -110,8 +116,34 @@ def versions(run: Run) -> str:
 
 def section(run: Run, pictures: list[Path], base: Path) -> str:
     """Heading, pictures and table of a run; pictures are linked relative to a folder."""
+    parts = [heading(run, pictures, base), summary(run, run.rows), versions(run)]
+    return "\n\n".join(parts)
+
+
+def excerpt(run: Run, pictures: list[Path], page: Path, base: Path) -> str:
+    """A section with the first few rows, and a line that says where all of them are."""
+    cases = list(dict.fromkeys(row.case for row in run.rows))[:README_CASES]
+    rows = [row for row in run.rows if row.case in cases and row.direction in README_DIRECTIONS]
+    link = f"[{page.name}]({os.path.relpath(page, base)})"
+    rest = f"All {len(run.rows)} rows, with errors and spreads, are in {link}. {slower(run)}"
+    return "\n\n".join([heading(run, pictures, base), summary(run, rows), rest, versions(run)])
+
+
+def heading(run: Run, pictures: list[Path], base: Path) -> str:
     links = [f"![Speed-up of fastflow]({os.path.relpath(picture, base)})" for picture in pictures]
-    return "\n\n".join([f"### {run.title}", *links, summary(run), versions(run)])
+    return "\n\n".join([f"### {run.title}", *links])
+
+
+def slower(run: Run) -> str:
+    """In how many comparisons of a run fastflow lost, and which."""
+    over = [
+        (f"{row.case} {DIRECTIONS[row.direction]} against {RIVALS[rival]}", ratio["median"])
+        for row in run.rows
+        for rival, ratio in row.fastest["speedup_over"].items()
+    ]
+    lost = [f"{what} ({figure(value)}x)" for what, value in over if value < 1]
+    named = f": {', '.join(lost)}" if lost else ""
+    return f"fastflow is slower in {len(lost)} of {len(over)} comparisons{named}."
 
 
 def replace_between_marks(text: str, new: str) -> str:
@@ -136,18 +168,23 @@ def write(runs: list[Run], out: Path, readme: Path | None) -> list[Path]:
             picture = out / f"{op}-{run.name}.png"
             plot(run, op, picture)
             pictures.setdefault(run.name, []).append(picture)
-    parts = ["# Benchmarks", LEGEND]
+    parts = ["# Benchmarks", f"{LEGEND} {COPY_LEGEND}"]
     for run in runs:
         parts += [section(run, pictures[run.name], out), "#### All contenders", details(run)]
     page = out / "report.md"
     page.write_text("\n\n".join(parts) + "\n")
     written = [page, *(picture for few in pictures.values() for picture in few)]
+    for run in runs:
+        numbers = out / f"{run.name}.json"
+        if numbers.resolve() != run.source.resolve():  # which holds more
+            save(run, numbers)
+            written.append(numbers)
     if readme is not None:
         try:
             text = readme.read_text()
         except OSError as failure:
             raise ReportError(f"{readme}: {failure.strerror}") from None
-        sections = [section(run, pictures[run.name], readme.parent) for run in runs]
+        sections = [excerpt(run, pictures[run.name], page, readme.parent) for run in runs]
         readme.write_text(replace_between_marks(text, "\n\n".join([*sections, LEGEND])))
         written.append(readme)
     return written
@@ -156,7 +193,7 @@ def write(runs: list[Run], out: Path, readme: Path | None) -> list[Path]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("json", nargs="+", type=Path, help="files of pytest --benchmark-json")
-    parser.add_argument("--out", required=True, type=Path, help="folder for table and plots")
+    parser.add_argument("--out", required=True, type=Path, help="folder for tables, plots, figures")
     parser.add_argument("--readme", type=Path, help="file whose benchmark section is replaced")
     options = parser.parse_args(arguments)
     try:

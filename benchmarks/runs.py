@@ -45,9 +45,13 @@ class Row:
 class Run:
     """The contents of one JSON file."""
 
-    name: str
+    source: Path
     facts: dict
     rows: list[Row]
+
+    @property
+    def name(self) -> str:
+        return self.source.stem
 
     @property
     def on_gpu(self) -> bool:
@@ -76,15 +80,30 @@ def load(path: Path) -> Run:
         raise ReportError(f"{path}: {failure.strerror}") from None
     except ValueError:
         raise ReportError(f"{path}: not a JSON file") from None
+    content = content if isinstance(content, dict) else {}
     rows: dict[tuple[str, str, str], Row] = {}
-    facts = None
-    for benchmark in content.get("benchmarks", []) if isinstance(content, dict) else []:
+    for benchmark in content.get("benchmarks", []):
         entry = benchmark["extra_info"]
         if "contender" not in entry:
             continue
         key = entry["op"], entry["case"], entry["direction"]
         rows.setdefault(key, Row(*key)).contenders[entry["contender"]] = entry
-        facts = facts or entry
-    if facts is None:
+    if not rows:
         raise ReportError(f"{path}: has no fastflow benchmarks")
-    return Run(path.stem, facts, [row for row in rows.values() if row.fastest])
+    facts = content["machine_info"]["fastflow"]
+    return Run(path, facts, [row for row in rows.values() if row.fastest])
+
+
+def save(run: Run, path: Path) -> None:
+    """Writes what `load` reads, a line per contender, and no more."""
+    entries = [entry for row in run.rows for entry in row.contenders.values()]
+    lines = ",\n".join(json.dumps({"extra_info": _rounded(entry)}) for entry in entries)
+    facts = json.dumps({"fastflow": run.facts})
+    path.write_text(f'{{"machine_info": {facts}, "benchmarks": [\n{lines}\n]}}\n')
+
+
+def _rounded(value: object) -> object:
+    """With six digits of every figure: more than any clock is good for."""
+    if isinstance(value, dict):
+        return {key: _rounded(part) for key, part in value.items()}
+    return float(f"{value:.6g}") if isinstance(value, float) else value

@@ -182,12 +182,14 @@ class TestPeers:
         assert not torch.equal(before, after)
 
 
-def entry(contender, direction="forward", device="cpu", seconds=1e-3, over=None, share=None):
-    facts = {"device": device, "device_name": "Some Chip", "threads": 2, "cores": 2, "load": 0.1}
-    facts |= {"torch": "2.11.0", "python": "3.12.0", "fastflow": "0.1.0"}
+FACTS = {"device_name": "Some Chip", "threads": 2, "cores": 2, "torch": "2.11.0"}
+FACTS |= {"python": "3.12.0", "fastflow": "0.1.0"}
+
+
+def entry(contender, direction="forward", case=SHARED, seconds=1e-3, over=None, share=None):
     own = {
         "op": "planar_flow",
-        "case": "shared-B100-D2-K3",
+        "case": str(case),
         "direction": direction,
         "contender": contender,
         "backend": contender.removeprefix("fastflow-") if "fastflow" in contender else None,
@@ -200,14 +202,15 @@ def entry(contender, direction="forward", device="cpu", seconds=1e-3, over=None,
         "gbps": 1.0,
         "share_of_copy": share,
     }
-    return {"name": contender, "extra_info": facts | own}
+    return {"name": contender, "extra_info": own}
 
 
 @pytest.fixture
 def write_json(tmp_path):
-    def write(*entries, name="cpu.json"):
-        path = tmp_path / name
-        path.write_text(json.dumps({"benchmarks": list(entries)}))
+    def write(*entries, device="cpu", load=0.1):
+        path = tmp_path / f"{device}.json"
+        facts = {"fastflow": FACTS | {"device": device, "load": load}}
+        path.write_text(json.dumps({"machine_info": facts, "benchmarks": list(entries)}))
         return path
 
     return write
@@ -221,25 +224,23 @@ class TestReport:
             entry("eager", seconds=12.34e-3),
             entry("compile", seconds=0.8e-3),
         )
-        lines = report.summary(report.load(path)).splitlines()
+        run = report.load(path)
+        lines = report.summary(run, run.rows).splitlines()
         assert len(lines) == 3
         assert "| cpp " in lines[2] and "| 12.3x " in lines[2] and "| **0.80x** ▼ " in lines[2]
         assert "normflows" not in lines[0]
 
     def test_shows_seconds_for_gpus_only(self, write_json):
         for device, shown in (("cpu", False), ("cuda", True)):
-            own = entry(
-                "fastflow-cpp", device=device, seconds=42e-6, over={"eager": 2.0}, share=0.5
-            )
-            run = report.load(write_json(own, entry("eager", device=device)))
-            assert ("42.0 µs" in report.summary(run)) == shown
-            assert "| 50% " in report.summary(run)
+            own = entry("fastflow-cpp", seconds=42e-6, over={"eager": 2.0}, share=0.5)
+            run = report.load(write_json(own, entry("eager"), device=device))
+            assert ("42.0 µs" in report.summary(run, run.rows)) == shown
+            assert "| 50% " in report.summary(run, run.rows)
 
     def test_says_that_the_machine_was_busy(self, write_json):
         own = entry("fastflow-cpp", over={"eager": 2.0})
         assert "busy" not in report.versions(report.load(write_json(own)))
-        own["extra_info"]["load"] = 2.0
-        assert "busy" in report.versions(report.load(write_json(own)))
+        assert "busy" in report.versions(report.load(write_json(own, load=2.0)))
 
     def test_writes_page_picture_and_readme(self, write_json, tmp_path):
         path = write_json(entry("fastflow-cpp", over={"eager": 2.0}), entry("eager"))
@@ -254,6 +255,36 @@ class TestReport:
         assert "(results/planar_flow-cpu.png)" in text and "stale" not in text
         report.main([str(path), "--out", str(out), "--readme", str(readme)])
         assert readme.read_text() == text
+
+    def test_the_readme_gets_few_rows_and_every_loss(self, write_json, tmp_path):
+        path = write_json(
+            *(
+                entry("fastflow-cpp", direction, case=Case(100, 2, K), over={"eager": K / 5})
+                for K in range(1, 10)
+                for direction in ("forward", "forward_backward", "inverse")
+            )
+        )
+        readme = tmp_path / "README.md"
+        readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+        assert report.main([str(path), "--out", str(tmp_path), "--readme", str(readme)]) == 0
+        text = readme.read_text()
+        assert text.count("| shared-") == 8 and "| forward  " not in text
+        assert "All 27 rows, with errors and spreads, are in [report.md](report.md)" in text
+        assert "slower in 12 of 27 comparisons: shared-B100-D2-K1 forward against" in text
+        assert (tmp_path / "report.md").read_text().count("| shared-") == 54
+
+    def test_keeps_the_figures_it_was_made_from(self, write_json, tmp_path):
+        path = write_json(entry("fastflow-cpp", over={"eager": 2.0 / 3}), entry("eager"))
+        before = path.read_bytes()
+        assert report.main([str(path), "--out", str(tmp_path)]) == 0
+        assert path.read_bytes() == before  # it is what was measured, the copy is shorter
+        for out in (tmp_path / "once", tmp_path / "twice"):
+            assert report.main([str(path), "--out", str(out)]) == 0
+            path = out / "cpu.json"
+        pages = [(tmp_path / out / "report.md").read_text() for out in ("", "once", "twice")]
+        assert len(set(pages)) == 1
+        assert (tmp_path / "once" / "cpu.json").read_text() == path.read_text()
+        assert "0.666667" in path.read_text()
 
     @pytest.mark.parametrize(
         ("content", "message"),
@@ -312,7 +343,10 @@ def test_a_whole_run_reports_right_backends_only(sabotaged, tmp_path):
     )
     assert run.returncode == int(sabotaged), run.stdout + run.stderr
     assert "torch.compile cannot build here" in run.stdout
-    measured = {b["extra_info"]["contender"] for b in json.loads(numbers.read_text())["benchmarks"]}
+    content = json.loads(numbers.read_text())
+    assert set(content["machine_info"]) == {"fastflow"}
+    assert {"device_name", "threads", "torch"} <= set(content["machine_info"]["fastflow"])
+    measured = {benchmark["extra_info"]["contender"] for benchmark in content["benchmarks"]}
     assert "eager" in measured
     assert ("fastflow-reference" in measured) != sabotaged
     assert ("fastflow-reference: ladj is off by" in run.stdout) == sabotaged
