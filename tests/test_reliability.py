@@ -170,6 +170,23 @@ print([name for name in sys.modules if name.split(".")[0] in ("triton", "matplot
     assert heavy == "[]"
 
 
+def test_numpy_is_not_needed() -> None:
+    """torch does without it too: it is no dependency of either."""
+    script = """
+import sys
+sys.modules["numpy"] = None
+import torch, fastflow
+flow = fastflow.Flow(fastflow.PlanarFlow(2, steps=3))
+flow.log_prob(flow.sample((5,))).sum().backward()
+from fastflow import vae
+model = vae.build(vae.Config(posterior="planar"), 4)
+print(vae.evaluate(model, torch.rand(3, 4), torch.Generator())["kl"])
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout) >= 0
+
+
 def test_memory_saved_for_backward(target: Target) -> None:
     """The input, the output, K numbers a row, and the parameters: O(B (D + K)), not O(B D K)."""
     B, D, K = 64, 16, 32
