@@ -69,14 +69,14 @@ def names() -> list[str]:
     return list(_registry)
 
 
-def status(name: str) -> str | None:
-    """None if the backend works on this machine, else why not."""
-    return _registry[name].probe()
-
-
 def serves(name: str, device: str) -> bool:
     """Whether the backend is made for a device type, working here or not."""
     return _registry[name].serves(device)
+
+
+def status(name: str) -> str | None:
+    """None if the backend works on this machine, else why not."""
+    return _registry[name].probe()
 
 
 def available(device: str = "cpu", op: str | None = None) -> list[str]:
