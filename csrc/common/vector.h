@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "scalar_math.h"
@@ -38,14 +39,20 @@ struct VectorTypes<double> {
   using IntScalar = int64_t;
 };
 
-// The result of a comparison: all bits of a lane set, or none.
+// The result of a comparison: a bit a lane where the hardware has registers for that, else all bits
+// of a lane set, or none.
 template <class T>
 struct Mask {
-  typename VectorTypes<T>::Int bits;
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+  using Bits = std::conditional_t<sizeof(T) == 4, __mmask16, __mmask8>;
+#else
+  using Bits = typename VectorTypes<T>::Int;
+#endif
+  Bits bits;
 
-  friend FASTFLOW_HD Mask operator&(Mask a, Mask b) { return {a.bits & b.bits}; }
-  friend FASTFLOW_HD Mask operator|(Mask a, Mask b) { return {a.bits | b.bits}; }
-  friend FASTFLOW_HD Mask operator!(Mask a) { return {~a.bits}; }
+  friend FASTFLOW_HD Mask operator&(Mask a, Mask b) { return {Bits(a.bits & b.bits)}; }
+  friend FASTFLOW_HD Mask operator|(Mask a, Mask b) { return {Bits(a.bits | b.bits)}; }
+  friend FASTFLOW_HD Mask operator!(Mask a) { return {Bits(~a.bits)}; }
 };
 
 template <class T>
@@ -82,23 +89,63 @@ struct Vec {
   FASTFLOW_HD Vec& operator+=(Vec b) { return *this = *this + b; }
   FASTFLOW_HD Vec& operator-=(Vec b) { return *this = *this - b; }
 
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+  template <int Predicate>
+  static FASTFLOW_HD Mask<T> compare(Vec a, Vec b) {
+    if constexpr (sizeof(T) == 4)
+      return {_mm512_cmp_ps_mask((__m512)a.value, (__m512)b.value, Predicate)};
+    else
+      return {_mm512_cmp_pd_mask((__m512d)a.value, (__m512d)b.value, Predicate)};
+  }
+  friend FASTFLOW_HD Mask<T> operator<(Vec a, Vec b) { return compare<_CMP_LT_OQ>(a, b); }
+  friend FASTFLOW_HD Mask<T> operator<=(Vec a, Vec b) { return compare<_CMP_LE_OQ>(a, b); }
+  friend FASTFLOW_HD Mask<T> operator>(Vec a, Vec b) { return compare<_CMP_GT_OQ>(a, b); }
+  friend FASTFLOW_HD Mask<T> operator>=(Vec a, Vec b) { return compare<_CMP_GE_OQ>(a, b); }
+#else
   friend FASTFLOW_HD Mask<T> operator<(Vec a, Vec b) { return {a.value < b.value}; }
   friend FASTFLOW_HD Mask<T> operator<=(Vec a, Vec b) { return {a.value <= b.value}; }
   friend FASTFLOW_HD Mask<T> operator>(Vec a, Vec b) { return {a.value > b.value}; }
   friend FASTFLOW_HD Mask<T> operator>=(Vec a, Vec b) { return {a.value >= b.value}; }
+#endif
 };
 
 template <class T>
 FASTFLOW_HD Vec<T> select(Mask<T> mask, Vec<T> a, Vec<T> b) {
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+  using Value = typename Vec<T>::Value;
+  if constexpr (sizeof(T) == 4)
+    return Vec<T>::from(
+        (Value)_mm512_mask_blend_ps(mask.bits, (__m512)b.value, (__m512)a.value));
+  else
+    return Vec<T>::from(
+        (Value)_mm512_mask_blend_pd(mask.bits, (__m512d)b.value, (__m512d)a.value));
+#else
   return Vec<T>::from(mask.bits ? a.value : b.value);
+#endif
 }
 template <class T>
 FASTFLOW_HD Vec<T> min(Vec<T> a, Vec<T> b) {
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+  using Value = typename Vec<T>::Value;
+  if constexpr (sizeof(T) == 4)
+    return Vec<T>::from((Value)_mm512_min_ps((__m512)a.value, (__m512)b.value));
+  else
+    return Vec<T>::from((Value)_mm512_min_pd((__m512d)a.value, (__m512d)b.value));
+#else
   return select(a < b, a, b);
+#endif
 }
 template <class T>
 FASTFLOW_HD Vec<T> max(Vec<T> a, Vec<T> b) {
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+  using Value = typename Vec<T>::Value;
+  if constexpr (sizeof(T) == 4)
+    return Vec<T>::from((Value)_mm512_max_ps((__m512)a.value, (__m512)b.value));
+  else
+    return Vec<T>::from((Value)_mm512_max_pd((__m512d)a.value, (__m512d)b.value));
+#else
   return select(a > b, a, b);
+#endif
 }
 
 template <class T>
@@ -117,7 +164,7 @@ FASTFLOW_HD Vec<T> copysign(Vec<T> x, Vec<T> sign) {
 template <class T>
 FASTFLOW_HD bool any(Mask<T> mask) {
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
-  return _mm512_movepi32_mask((__m512i)mask.bits) != 0;
+  return mask.bits != 0;
 #elif defined(__AVX2__)
   return _mm256_movemask_epi8((__m256i)mask.bits) != 0;
 #else

@@ -95,8 +95,7 @@ FASTFLOW_HD Vec<T> scale(Vec<T> x, Vec<T> k) {
 template <class T>
 FASTFLOW_HD void exp_expm1(Vec<T> x, Vec<T>& e, Vec<T>& em) {
   using M = MathTable<T>;
-  x = select(x < M::exp_min, Vec<T>(M::exp_min), x);  // NaN stays
-  x = select(x > M::exp_max, Vec<T>(M::exp_max), x);
+  x = min(Vec<T>(M::exp_max), max(Vec<T>(M::exp_min), x));  // NaN stays
   const Vec<T> k = (x * M::log2e + M::round_magic) - M::round_magic;
   const Vec<T> r = (x - k * M::ln2_high) - k * M::ln2_low;
   const Vec<T> p = r + (r * r) * polynomial(M::exp_poly, r);  // exp(r) - 1
