@@ -1,7 +1,7 @@
 // Register-blocked products of a tile of rows with a few vectors, the work of a shared chain.
 //
 // A tile has kTileRows rows. Quantities of one number a row and step are kept "by step",
-// x[i * kTileRows + row], rows contiguous; batch tensors stay as they are, row after row. Rows past
+// x[i * width + row], rows contiguous; batch tensors stay as they are, row after row. Rows past
 // the end of the batch are computed as zeros and never loaded or stored, so that every row passes
 // through the same operations wherever it stands.
 #pragma once
@@ -23,8 +23,10 @@ inline constexpr int kBlock = 8;
 inline constexpr int kBlock = 4;
 #endif
 
+// Four vectors: enough independent work to hide the latency of long computations on each row.
+inline constexpr int kTileVectors = 4;
 template <class T>
-inline constexpr int kTileRows = 2 * Vec<T>::lanes;
+inline constexpr int kTileRows = kTileVectors * Vec<T>::lanes;
 
 // Elements between padded rows of n: whole cache lines, an odd number of them, so that a column
 // of rows does not fall into one cache set.
@@ -54,15 +56,16 @@ FASTFLOW_HD void add_to(T* p, Vec<T> x) {
   (Vec<T>::load(p) + x).store(p);
 }
 
-// by_step[d * kTileRows + row] = rows[row * stride + d] for d < round_up(n, lanes).
+// by_step[d * width + row] = rows[row * stride + d] for d < round_up(n, lanes), row < width.
 template <class T>
-void transpose_in(const T* rows, int64_t stride, int64_t row_count, int64_t n, T* by_step) {
+void transpose_in(const T* rows, int64_t stride, int64_t row_count, int64_t n, T* by_step,
+                  int64_t width) {
   constexpr int lanes = Vec<T>::lanes;
-  for (int half = 0; half < 2; ++half) {
-    const int64_t live = std::clamp<int64_t>(row_count - half * lanes, 0, lanes);
+  for (int64_t row = 0; row < width; row += lanes) {
+    const int64_t live = std::clamp<int64_t>(row_count - row, 0, lanes);
     for (int64_t d = 0; d < n; d += lanes) {
       Vec<T> block[lanes];
-      const T* from = rows + half * lanes * stride + d;
+      const T* from = rows + row * stride + d;
       if (live == lanes && n - d >= lanes) {
 #pragma GCC unroll 16
         for (int r = 0; r < lanes; ++r) block[r] = Vec<T>::load(from + r * stride);
@@ -73,26 +76,25 @@ void transpose_in(const T* rows, int64_t stride, int64_t row_count, int64_t n, T
       }
       transpose(block);
 #pragma GCC unroll 16
-      for (int r = 0; r < lanes; ++r)
-        block[r].store(by_step + (d + r) * kTileRows<T> + half * lanes);
+      for (int r = 0; r < lanes; ++r) block[r].store(by_step + (d + r) * width + row);
     }
   }
 }
 
-// rows[row * stride + d] = by_step[d * kTileRows + row] for row < row_count, d < n.
+// rows[row * stride + d] = by_step[d * width + row] for row < row_count, d < n.
 template <class T>
-void transpose_out(const T* by_step, int64_t n, T* rows, int64_t stride, int64_t row_count) {
+void transpose_out(const T* by_step, int64_t width, int64_t n, T* rows, int64_t stride,
+                   int64_t row_count) {
   constexpr int lanes = Vec<T>::lanes;
-  for (int half = 0; half < 2; ++half) {
-    const int64_t live = std::clamp<int64_t>(row_count - half * lanes, 0, lanes);
-    for (int64_t d = 0; live > 0 && d < n; d += lanes) {
+  for (int64_t row = 0; row < row_count; row += lanes) {
+    const int64_t live = std::min<int64_t>(row_count - row, lanes);
+    for (int64_t d = 0; d < n; d += lanes) {
       Vec<T> block[lanes];
 #pragma GCC unroll 16
       for (int r = 0; r < lanes; ++r)
-        block[r] = d + r < n ? Vec<T>::load(by_step + (d + r) * kTileRows<T> + half * lanes)
-                             : Vec<T>(T(0));
+        block[r] = d + r < n ? Vec<T>::load(by_step + (d + r) * width + row) : Vec<T>(T(0));
       transpose(block);
-      T* to = rows + half * lanes * stride + d;
+      T* to = rows + row * stride + d;
 #pragma GCC unroll 16
       for (int r = 0; r < lanes; ++r)
         if (r < live) store_up_to(block[r], to + r * stride, n - d);
@@ -113,17 +115,17 @@ void pack_panels(const T* matrix, int64_t stride, int64_t K, int64_t D, T* panel
   }
 }
 
-// out[i] += rows . matrix_i, by step; `out` has round_up(K, kBlock) steps, those past K void.
+// tile_dots for two vectors of rows.
 template <class T>
-void tile_dots(const T* rows, int64_t row_count, int64_t D, const T* panels, int64_t K, T* out) {
-  constexpr int lanes = Vec<T>::lanes, width = kTileRows<T>, columns = 64;
+void dots_block(const T* rows, int64_t row_count, int64_t D, const T* panels, int64_t K, T* out) {
+  constexpr int lanes = Vec<T>::lanes, width = 2 * lanes, columns = 64;
   alignas(64) T transposed[columns * width];
   for (int64_t d0 = 0; d0 < D; d0 += columns) {
     const int64_t n = std::min<int64_t>(columns, D - d0);
-    transpose_in(rows + d0, D, row_count, n, transposed);
+    transpose_in(rows + d0, D, row_count, n, transposed, width);
     for (int64_t i0 = 0; i0 < K; i0 += kBlock) {
       const T* panel = panels + i0 * D + d0 * kBlock;
-      T* target = out + i0 * width;
+      T* target = out + i0 * kTileRows<T>;
       Vec<T> sum[kBlock][2];
 #pragma GCC unroll 8
       for (int i = 0; i < kBlock; ++i) sum[i][0] = sum[i][1] = Vec<T>(T(0));
@@ -139,9 +141,22 @@ void tile_dots(const T* rows, int64_t row_count, int64_t D, const T* panels, int
       }
 #pragma GCC unroll 8
       for (int i = 0; i < kBlock; ++i)
-        for (int h = 0; h < 2; ++h) add_to(target + i * width + h * lanes, sum[i][h]);
+        for (int h = 0; h < 2; ++h) {
+          T* p = target + i * kTileRows<T> + h * lanes;
+          (d0 ? Vec<T>::load(p) + sum[i][h] : sum[i][h]).store(p);
+        }
     }
   }
+}
+
+// out[i] = rows . matrix_i for the rows of a tile, by step; `out` has round_up(K, kBlock) steps,
+// those past K void.
+template <class T>
+void tile_dots(const T* rows, int64_t row_count, int64_t D, const T* panels, int64_t K, T* out) {
+  constexpr int width = 2 * Vec<T>::lanes;
+  for (int64_t row = 0; row < kTileRows<T>; row += width)
+    dots_block(rows + row * D, std::clamp<int64_t>(row_count - row, 0, width), D, panels, K,
+               out + row);
 }
 
 // The columns [d, d + Vectors * lanes) of tile_update for kBlock rows.

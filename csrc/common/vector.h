@@ -114,11 +114,9 @@ FASTFLOW_HD Vec<T> select(Mask<T> mask, Vec<T> a, Vec<T> b) {
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
   using Value = typename Vec<T>::Value;
   if constexpr (sizeof(T) == 4)
-    return Vec<T>::from(
-        (Value)_mm512_mask_blend_ps(mask.bits, (__m512)b.value, (__m512)a.value));
+    return Vec<T>::from((Value)_mm512_mask_blend_ps(mask.bits, (__m512)b.value, (__m512)a.value));
   else
-    return Vec<T>::from(
-        (Value)_mm512_mask_blend_pd(mask.bits, (__m512d)b.value, (__m512d)a.value));
+    return Vec<T>::from((Value)_mm512_mask_blend_pd(mask.bits, (__m512d)b.value, (__m512d)a.value));
 #else
   return Vec<T>::from(mask.bits ? a.value : b.value);
 #endif

@@ -13,12 +13,12 @@ namespace {
 template <class T>
 struct GroupScratch;
 
-// A group of up to kTileRows rows: two vectors, whose long dependent computations overlap. Where
+// A group of up to two vectors of rows, whose long dependent computations overlap. Where
 // rows are long fewer of them are taken, so that w and u are still in cache when a step comes back
 // to them. Quantities of one number a row and step are kept "by step", x[k * width + row].
 template <class T>
 struct Group {
-  static constexpr int lanes = Vec<T>::lanes, width = kTileRows<T>;
+  static constexpr int lanes = Vec<T>::lanes, width = 2 * lanes;
   int64_t first, count;  // rows
   int64_t D, K;
   bool inverse;
@@ -31,10 +31,10 @@ struct Group {
 
   // From a (B, K) tensor to values by step, and back.
   void gather(const void* values, T* x) const {
-    transpose_in(static_cast<const T*>(values) + first * K, K, count, K, x);
+    transpose_in(static_cast<const T*>(values) + first * K, K, count, K, x, width);
   }
   void scatter(const T* x, void* values) const {
-    transpose_out(x, K, static_cast<T*>(values) + first * K, K, count);
+    transpose_out(x, width, K, static_cast<T*>(values) + first * K, K, count);
   }
   // Rows of a (B, D) tensor into padded rows, and back.
   void load_rows(const void* rows, T* x, int64_t stride) const {
@@ -66,7 +66,7 @@ FASTFLOW_HD void for_vectors(int64_t D, const F& f) {
 
 // The sums of the lanes of rows h * lanes ... of a group, as lanes.
 template <class T>
-FASTFLOW_HD Vec<T> sum_lanes(const Vec<T> (&rows)[kTileRows<T>], int h) {
+FASTFLOW_HD Vec<T> sum_lanes(const Vec<T> (&rows)[Group<T>::width], int h) {
   constexpr int lanes = Vec<T>::lanes;
   Vec<T> half[lanes];
 #pragma GCC unroll 16
@@ -87,7 +87,7 @@ template <bool Inverse, class T>
 void forward_group(const PlanarFlowArgs& args, const Group<T>& group) {
   using V = Vec<T>;
   using S = Scratch<GroupScratch<T>>;
-  constexpr int lanes = V::lanes, width = kTileRows<T>;
+  constexpr int lanes = V::lanes, width = Group<T>::width;
   const int64_t D = group.D, K = group.K, stride = padded_stride<T>(D), steps = round_up(K, lanes);
   S scratch(S::template bytes<T>(width * stride) + S::template bytes<T>(steps * width));
   T* x = scratch.template take<T>(width * stride);
@@ -95,7 +95,7 @@ void forward_group(const PlanarFlowArgs& args, const Group<T>& group) {
   group.load_rows(args.in, x, stride);
   group.gather(args.b, a);
 
-  V total[2] = {V(T(0)), V(T(0))};
+  PlanarLadjSum<V> sums[2];
   for (int64_t i = 0; i < K; ++i) {
     const int64_t k = group.source(i);
     V wx[width], wu[width], ww[width];
@@ -126,7 +126,7 @@ void forward_group(const PlanarFlowArgs& args, const Group<T>& group) {
       const V r = sum_lanes(wx, h) + V::load(a_k);
       const V pre = Inverse ? planar_solve(r, step) : r;
       const auto tanh = planar_tanh(pre);
-      total[h] += planar_ladj(tanh, step);
+      sums[h].add(tanh, step);
       pre.store(a_k);
       copysign(tanh.t, Inverse ? -pre : pre).store(t + h * lanes);
       step.alpha.store(alpha + h * lanes);
@@ -145,14 +145,15 @@ void forward_group(const PlanarFlowArgs& args, const Group<T>& group) {
   group.store_rows(x, stride, args.out);
   group.scatter(a, args.a);
   T ladj[width];
-  for (int h = 0; h < 2; ++h) (Inverse ? -total[h] : total[h]).store(ladj + h * lanes);
+  for (int h = 0; h < 2; ++h)
+    (Inverse ? -sums[h].total() : sums[h].total()).store(ladj + h * lanes);
   std::copy_n(ladj, group.count, static_cast<T*>(args.ladj) + group.first);
 }
 
 // What the second pass over a row's step needs to know.
 template <class T>
 struct RowTerms {
-  static constexpr int width = kTileRows<T>;
+  static constexpr int width = Group<T>::width;
   T alpha[width], t[width], gamma[width], dp[width], twice_g_alpha_n[width];
 };
 
@@ -185,7 +186,7 @@ template <bool Inverse, bool ParamGrads, class T>
 void backward_group(const PlanarFlowArgs& args, const Group<T>& group) {
   using V = Vec<T>;
   using S = Scratch<GroupScratch<T>>;
-  constexpr int lanes = V::lanes, width = kTileRows<T>;
+  constexpr int lanes = V::lanes, width = Group<T>::width;
   const int64_t D = group.D, K = group.K, stride = padded_stride<T>(D), steps = round_up(K, lanes);
   S scratch(2 * S::template bytes<T>(width * stride) + 2 * S::template bytes<T>(steps * width));
   T* g = scratch.template take<T>(width * stride);

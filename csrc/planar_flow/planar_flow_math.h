@@ -111,8 +111,10 @@ FASTFLOW_HD PlanarTanh<V> planar_tanh(V a) {
   exp_expm1(T(-2) * abs(a), e, em);
   const V r = T(1) / (T(1) + e);
   const V t = -em * r;
-  // Where 1 - t^2 cancels nothing it has the smaller rounding error.
-  return {t, select(t < T(0.5), T(1) - t * t, (T(4) * e) * r * r)};
+  // q = (1 - t) (1 + t) with 1 - t = 2 e r. Where 1 - t^2 cancels nothing it has the smaller
+  // rounding error.
+  const V rest = T(2) * e * r;
+  return {t, select(t < T(0.5), T(1) - t * t, rest * t + rest)};
 }
 
 // L = log(t^2 + q s).
@@ -135,6 +137,39 @@ FASTFLOW_HD V planar_ladj(const PlanarTanh<V>& h, const PlanarStep<V>& step) {
   }
   return ladj;
 }
+
+// The sum of L over the steps of a chain, for vectors: the determinants are multiplied and one
+// logarithm is taken at the end. The product is kept in two parts, so that factors 1 + y close to 1
+// lose no digit; where it leaves the range in which both parts are exact enough, logarithms are
+// summed.
+template <class V>
+struct PlanarLadjSum {
+  V logs = V(0);
+  V product = V(1);
+  V low = V(0);  // product + low is the product of the determinants
+
+  FASTFLOW_HD void add(const PlanarTanh<V>& tanh_a, const PlanarStep<V>& step) {
+    using T = element_t<V>;
+    const V y = tanh_a.q * step.s1;
+    const auto plain = y > T(-0.5);
+    const V base = select(plain, product, V(T(0)));
+    const V factor = select(plain, y, tanh_a.t * tanh_a.t + tanh_a.q * step.s);
+    const V change = product * factor;
+    const V next = base + change;
+    const V rest = min(base, change) - (next - max(base, change));  // next + rest = base + change
+    const V next_low = low * (select(plain, V(T(1)), V(T(0))) + factor) + rest;
+    const auto in_range = (next >= T(0x1p-60)) & (next <= T(0x1p60));
+    if (any(!in_range)) {
+      logs += select(in_range, V(T(0)), log_sum(product, low) + planar_ladj(tanh_a, step));
+      product = select(in_range, next, V(T(1)));
+      low = select(in_range, next_low, V(T(0)));
+    } else {
+      product = next;
+      low = next_low;
+    }
+  }
+  FASTFLOW_HD V total() const { return logs + log_sum(product, low); }
+};
 
 // dL/da (with the sign of a), dL/dp and det of a step.
 template <class V>

@@ -18,45 +18,49 @@ int64_t row_cycles(const PlanarFlowArgs& args, int64_t per_feature) {
   return args.steps * (per_feature * args.features + args.steps + 100) / Vec<T>::lanes + 20;
 }
 
-// Recurrence of a tile: `r` holds w_i.in; fills a (by natural step) and signed = sigma tanh(a).
+// sums[v] += sum of m[j] x_j for j from `begin` to `end` (excluded) in steps of `by` = +-1; x by
+// step.
+template <class T>
+FASTFLOW_HD void add_terms(Vec<T> (&sums)[kTileVectors], const T* m, const T* x, int64_t begin,
+                           int64_t end, int64_t by) {
+  constexpr int lanes = Vec<T>::lanes, width = kTileRows<T>;
+  for (int64_t j = begin; j != end; j += by) {
+    const Vec<T> m_j(m[j]);
+#pragma GCC unroll 4
+    for (int v = 0; v < kTileVectors; ++v) sums[v] += m_j * Vec<T>::load(x + j * width + v * lanes);
+  }
+}
+
+// Recurrence of a tile: `r` holds w_i.in; fills a (by natural step) and t = sigma tanh(a).
 template <bool Inverse, class T>
-void recur(const PlanarChain<T>& chain, const T* b, T* r, T* signed_t, T* a, T* ladj) {
+void recur(const PlanarChain<T>& chain, const T* b, const T* r, T* t, T* a, T* ladj) {
   using V = Vec<T>;
   constexpr int lanes = V::lanes, width = kTileRows<T>;
-  V total[2] = {V(T(0)), V(T(0))};
+  PlanarLadjSum<V> sums[kTileVectors];
   for (int64_t i = 0; i < chain.K; ++i) {
     const int64_t k = chain.source(i);
-    const T* products = chain.products + i * chain.steps;
-    V even[2], odd[2];
-    for (int h = 0; h < 2; ++h) {
-      even[h] = V::load(r + i * width + h * lanes) + V(b[k]);
-      odd[h] = V(T(0));
-    }
-    // The newest term last: all others can be summed while it is computed.
-    int64_t j = 0;
-    for (; j + 2 < i; j += 2) {
-      const V m0(products[j]), m1(products[j + 1]);
-      for (int h = 0; h < 2; ++h) {
-        even[h] += m0 * V::load(signed_t + j * width + h * lanes);
-        odd[h] += m1 * V::load(signed_t + (j + 1) * width + h * lanes);
-      }
-    }
-    for (int h = 0; h < 2; ++h) even[h] += odd[h];
-    for (; j < i; ++j)
-      for (int h = 0; h < 2; ++h)
-        even[h] += V(products[j]) * V::load(signed_t + j * width + h * lanes);
+    const V b_k(b[k]);
+    V pre[kTileVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kTileVectors; ++v) pre[v] = V::load(r + i * width + v * lanes) + b_k;
+    add_terms(pre, chain.products + i * chain.steps, t, 0, i, 1);
 
     const auto step = chain.template at<V>(i);
-#pragma GCC unroll 2
-    for (int h = 0; h < 2; ++h) {
-      const V pre = Inverse ? planar_solve(even[h], step) : even[h];
-      const auto tanh = planar_tanh(pre);
-      total[h] += planar_ladj(tanh, step);
-      copysign(tanh.t, Inverse ? -pre : pre).store(signed_t + i * width + h * lanes);
-      pre.store(a + k * width + h * lanes);
+    PlanarTanh<V> tanh_a[kTileVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kTileVectors; ++v) {
+      if constexpr (Inverse) pre[v] = planar_solve(pre[v], step);
+      tanh_a[v] = planar_tanh(pre[v]);
+      copysign(tanh_a[v].t, Inverse ? -pre[v] : pre[v]).store(t + i * width + v * lanes);
+      pre[v].store(a + k * width + v * lanes);
     }
+#pragma GCC unroll 4
+    for (int v = 0; v < kTileVectors; ++v) sums[v].add(tanh_a[v], step);
   }
-  for (int h = 0; h < 2; ++h) (Inverse ? -total[h] : total[h]).store(ladj + h * lanes);
+  for (int v = 0; v < kTileVectors; ++v) {
+    const V total = sums[v].total();
+    (Inverse ? -total : total).store(ladj + v * lanes);
+  }
 }
 
 template <class T>
@@ -66,21 +70,19 @@ void forward_tile(const PlanarFlowArgs& args, const PlanarChain<T>& chain, int64
   using S = Scratch<TileScratch<T>>;
   S scratch(3 * S::template bytes<T>(chain.steps * width));
   T* r = scratch.template take<T>(chain.steps * width);
-  T* signed_t = scratch.template take<T>(chain.steps * width);
+  T* t = scratch.template take<T>(chain.steps * width);
   T* a = scratch.template take<T>(chain.steps * width);
 
   const T* in = static_cast<const T*>(args.in) + row * D;
-  std::fill_n(r, round_up(K, kBlock) * width, T(0));
   tile_dots(in, rows, D, chain.panels, K, r);
   T ladj[width];
   if (args.inverse)
-    recur<true>(chain, static_cast<const T*>(args.b), r, signed_t, a, ladj);
+    recur<true>(chain, static_cast<const T*>(args.b), r, t, a, ladj);
   else
-    recur<false>(chain, static_cast<const T*>(args.b), r, signed_t, a, ladj);
+    recur<false>(chain, static_cast<const T*>(args.b), r, t, a, ladj);
   std::copy_n(ladj, rows, static_cast<T*>(args.ladj) + row);
-  transpose_out(a, K, static_cast<T*>(args.a) + row * K, K, rows);
-  tile_update(in, static_cast<T*>(args.out) + row * D, rows, D, signed_t, chain.u_hat, chain.stride,
-              K);
+  transpose_out(a, width, K, static_cast<T*>(args.a) + row * K, K, rows);
+  tile_update(in, static_cast<T*>(args.out) + row * D, rows, D, t, chain.u_hat, chain.stride, K);
 }
 
 // Sums over the rows of a chunk of the batch, and where each part of them lies. With
@@ -101,56 +103,42 @@ struct Sums {
         dp(db + rows(chain) * Vec<T>::lanes) {}
 };
 
-// Reverse recurrence of a tile: `h` holds u_hat_i.g; fills gamma and signed_t = sigma tanh(a).
+// Reverse recurrence of a tile: `h` holds u_hat_i.g; fills gamma and t = sigma tanh(a).
 template <bool Inverse, class T>
 void recur_backward(const PlanarChain<T>& chain, const T* h, const T* a, const T* dladj,
-                    bool param_grads, T* gamma, T* signed_t, const Sums<T>& sums) {
+                    bool param_grads, T* gamma, T* t, const Sums<T>& sums) {
   using V = Vec<T>;
   constexpr int lanes = V::lanes, width = kTileRows<T>;
   for (int64_t i = chain.K - 1; i >= 0; --i) {
-    const T* products = chain.products + i * chain.steps;
-    V even[2], odd[2];
-    for (int half = 0; half < 2; ++half) {
-      even[half] = V::load(h + i * width + half * lanes);
-      odd[half] = V(T(0));
-    }
-    int64_t j = chain.K - 1;
-    for (; j - 2 > i; j -= 2) {
-      const V m0(products[j]), m1(products[j - 1]);
-      for (int half = 0; half < 2; ++half) {
-        even[half] += m0 * V::load(gamma + j * width + half * lanes);
-        odd[half] += m1 * V::load(gamma + (j - 1) * width + half * lanes);
-      }
-    }
-    for (int half = 0; half < 2; ++half) even[half] += odd[half];
-    for (; j > i; --j)
-      for (int half = 0; half < 2; ++half)
-        even[half] += V(products[j]) * V::load(gamma + j * width + half * lanes);
+    V h_i[kTileVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kTileVectors; ++v) h_i[v] = V::load(h + i * width + v * lanes);
+    add_terms(h_i, chain.products + i * chain.steps, gamma, chain.K - 1, i, -1);
 
     const auto step = chain.template at<V>(i);
     V db(T(0)), dp(T(0));
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-      const V pre = V::load(a + chain.source(i) * width + half * lanes);
-      const V g_ladj = V::load(dladj + half * lanes);
-      const auto tanh = planar_tanh(pre);
-      const auto grad = planar_ladj_grad(pre, tanh, step);
-      const V t = copysign(tanh.t, pre);
+#pragma GCC unroll 4
+    for (int v = 0; v < kTileVectors; ++v) {
+      const V pre = V::load(a + chain.source(i) * width + v * lanes);
+      const V g_ladj = V::load(dladj + v * lanes);
+      const auto tanh_a = planar_tanh(pre);
+      const auto grad = planar_ladj_grad(pre, tanh_a, step);
+      const V t_i = copysign(tanh_a.t, pre);
       V g_a, g_p = g_ladj * grad.dl_dp;
       if constexpr (Inverse) {
-        g_a = (g_ladj * grad.dl_da - tanh.q * even[half]) / grad.det;
-        g_p -= step.ds * t * g_a;
+        g_a = (g_ladj * grad.dl_da - tanh_a.q * h_i[v]) / grad.det;
+        g_p -= step.ds * t_i * g_a;
       } else {
-        g_a = tanh.q * even[half] + g_ladj * grad.dl_da;
+        g_a = tanh_a.q * h_i[v] + g_ladj * grad.dl_da;
       }
-      g_a.store(gamma + i * width + half * lanes);
-      (Inverse ? -t : t).store(signed_t + i * width + half * lanes);
+      g_a.store(gamma + i * width + v * lanes);
+      (Inverse ? -t_i : t_i).store(t + i * width + v * lanes);
       db += g_a;
       dp += g_p;
     }
     if (param_grads) {
-      (V::load(sums.db + i * lanes) + db).store(sums.db + i * lanes);
-      (V::load(sums.dp + i * lanes) + dp).store(sums.dp + i * lanes);
+      add_to(sums.db + i * lanes, db);
+      add_to(sums.dp + i * lanes, dp);
     }
   }
 }
@@ -165,35 +153,33 @@ void backward_tile(const PlanarFlowArgs& args, const PlanarChain<T>& chain, int6
   T* h = scratch.template take<T>(chain.steps * width);
   T* a = scratch.template take<T>(chain.steps * width);
   T* gamma = scratch.template take<T>(chain.steps * width);
-  T* signed_t = scratch.template take<T>(chain.steps * width);
+  T* t = scratch.template take<T>(chain.steps * width);
   T* t_rows = scratch.template take<T>(chain.steps * width);
 
   const T* g = static_cast<const T*>(args.d_out) + row * D;
   const int64_t blocked_steps = round_up(K, kBlock);
-  std::fill_n(h, blocked_steps * width, T(0));
   tile_dots(g, rows, D, chain.panels, K, h);
-  transpose_in(static_cast<const T*>(args.a) + row * K, K, rows, K, a);
+  transpose_in(static_cast<const T*>(args.a) + row * K, K, rows, K, a, width);
   T dladj[width] = {};
   for (int64_t r = 0; r < rows; ++r) {
     const T value = static_cast<const T*>(args.d_ladj)[row + r];
     dladj[r] = args.inverse ? -value : value;
   }
   std::fill_n(gamma + K * width, (blocked_steps - K) * width, T(0));
-  std::fill_n(signed_t + K * width, (blocked_steps - K) * width, T(0));
+  std::fill_n(t + K * width, (blocked_steps - K) * width, T(0));
   if (args.inverse)
-    recur_backward<true>(chain, h, a, dladj, args.param_grads, gamma, signed_t, sums);
+    recur_backward<true>(chain, h, a, dladj, args.param_grads, gamma, t, sums);
   else
-    recur_backward<false>(chain, h, a, dladj, args.param_grads, gamma, signed_t, sums);
+    recur_backward<false>(chain, h, a, dladj, args.param_grads, gamma, t, sums);
   tile_update(g, static_cast<T*>(args.d_in) + row * D, rows, D, gamma, chain.w, chain.stride, K);
   if (!args.param_grads) return;
 
   const T* in = static_cast<const T*>(args.in) + row * D;
-  transpose_out(signed_t, K, t_rows, chain.steps, width);
+  transpose_out(t, width, K, t_rows, chain.steps, width);
   for (int64_t i = 0; i < K; i += kBlock) {
     accumulate(sums.gamma_in + i * chain.stride, chain.stride, gamma + i * width, width, in, D,
                rows, D);
-    accumulate(sums.t_g + i * chain.stride, chain.stride, signed_t + i * width, width, g, D, rows,
-               D);
+    accumulate(sums.t_g + i * chain.stride, chain.stride, t + i * width, width, g, D, rows, D);
     accumulate(sums.gamma_t + i * chain.steps, chain.steps, gamma + i * width, width, t_rows,
                chain.steps, rows, std::min<int64_t>(K, i + kBlock));
   }
