@@ -253,4 +253,26 @@ void accumulate(T* sums, int64_t sum_stride, const T* coefficients, int64_t coef
                         row_count, D - d);
 }
 
+// block[4 i + j] = x_i . y_j for 4 rows of x and of y, over n elements and the zeros up to a whole
+// vector.
+template <class T>
+void dots_4x4(const T* x, const T* y, int64_t stride, int64_t n, T* block) {
+  constexpr int lanes = Vec<T>::lanes;
+  Vec<T> sums[16 / lanes][lanes];
+  for (auto& group : sums)
+    for (auto& sum : group) sum = Vec<T>(T(0));
+  for (int64_t d = 0; d < n; d += lanes) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const Vec<T> x_i = Vec<T>::load(x + i * stride + d);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j)
+        sums[(4 * i + j) / lanes][(4 * i + j) % lanes] += x_i * Vec<T>::load(y + j * stride + d);
+    }
+  }
+#pragma GCC unroll 8
+  for (int group = 0; group < 16 / lanes; ++group)
+    sum_each(sums[group]).store(block + group * lanes);
+}
+
 }  // namespace fastflow

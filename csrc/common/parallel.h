@@ -26,7 +26,7 @@ inline const int fork_handler = pthread_atfork(nullptr, nullptr, [] { in_forked_
 #endif
 
 // Roughly how many cycles are worth a thread, for choosing the grain of a loop.
-inline constexpr int64_t kThreadCycles = 40000;
+inline constexpr int64_t kThreadCycles = 20000;
 
 // f(begin, end) over [0, count), in pieces of at least `grain`; small loops never leave the thread.
 template <class F>

@@ -140,10 +140,10 @@ __global__ void __launch_bounds__(kLanes > kThreads ? kLanes : kThreads)
     group_sum<kLanes>(sums, scratch, i);
     const PlanarStep<T> step = planar_step(sums[0], sums[1], chain.centred);
     const T h = sums[3] + step.alpha * sums[2];
-    const Pullback<T> pull = pull_back(a, h, g_ladj, step, chain.inverse);
+    const PlanarPullback<T> pull = pull_back(a, h, g_ladj, step, chain.inverse);
 
     if (chain.param_grads) {
-      const T t = chain.sigma() * signed_tanh(a);
+      const T t = pull.t;
       const T g_alpha_n = t * sums[2] * step.inv_n;
       const T dp = pull.dp + g_alpha_n * step.dm;
       RowPart<T, kLanes> dw, du;
@@ -230,10 +230,10 @@ __global__ void __launch_bounds__(kWideThreads, kWideBlocks)
     const T a = chain.a[k];
     const PlanarStep<T> step = planar_step(sums[0], sums[1], chain.centred);
     const T h = sums[3] + step.alpha * sums[2];
-    const Pullback<T> pull = pull_back(a, h, g_ladj, step, chain.inverse);
+    const PlanarPullback<T> pull = pull_back(a, h, g_ladj, step, chain.inverse);
 
     if (chain.param_grads) {
-      const T t = chain.sigma() * signed_tanh(a);
+      const T t = pull.t;
       const T g_alpha_n = t * sums[2] * step.inv_n;
       const T dp = pull.dp + g_alpha_n * step.dm;
       T* const dw = chain.dw + k * features;

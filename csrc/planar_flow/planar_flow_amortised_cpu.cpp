@@ -125,10 +125,10 @@ void forward_group(const PlanarFlowArgs& args, const Group<T>& group) {
       T* a_k = a + k * width + h * lanes;
       const V r = sum_lanes(wx, h) + V::load(a_k);
       const V pre = Inverse ? planar_solve(r, step) : r;
-      const auto tanh = planar_tanh(pre);
-      sums[h].add(tanh, step);
+      const auto tanh_a = planar_tanh(pre);
+      sums[h].add(tanh_a, step);
       pre.store(a_k);
-      copysign(tanh.t, Inverse ? -pre : pre).store(t + h * lanes);
+      copysign(tanh_a.t, Inverse ? -pre : pre).store(t + h * lanes);
       step.alpha.store(alpha + h * lanes);
     }
     for (int64_t r = 0; r < group.count; ++r) {
@@ -164,8 +164,9 @@ FASTFLOW_HD void backward_row(const PlanarFlowArgs& args, const RowTerms<T>& ter
   using V = Vec<T>;
   const T* w_row = static_cast<const T*>(args.w) + offset;
   const T* u_row = static_cast<const T*>(args.u) + offset;
-  T* dw_row = static_cast<T*>(args.dw) + offset;
-  T* du_row = static_cast<T*>(args.du) + offset;
+  // null pointers are not moved
+  T* dw_row = ParamGrads ? static_cast<T*>(args.dw) + offset : nullptr;
+  T* du_row = ParamGrads ? static_cast<T*>(args.du) + offset : nullptr;
   const V alpha(terms.alpha[r]), t(terms.t[r]), gamma(terms.gamma[r]), dp(terms.dp[r]);
   const V twice_g_alpha_n(terms.twice_g_alpha_n[r]);
   for_vectors<T>(D, [&](int64_t d, auto load, auto store) {
@@ -237,22 +238,13 @@ void backward_group(const PlanarFlowArgs& args, const Group<T>& group) {
       const V pre = V::load(a + k * width + at), g_ladj = V::load(dladj + at);
       const V w_g = sum_lanes(wg, half);
       const V h = sum_lanes(ug, half) + step.alpha * w_g;  // u_hat . g
-      const auto tanh = planar_tanh(pre);
-      const auto grad = planar_ladj_grad(pre, tanh, step);
-      const V t = copysign(tanh.t, pre), signed_t = Inverse ? -t : t;
-      V gamma, dp = g_ladj * grad.dl_dp;
-      if constexpr (Inverse) {
-        gamma = (g_ladj * grad.dl_da - tanh.q * h) / grad.det;
-        dp -= step.ds * t * gamma;
-      } else {
-        gamma = tanh.q * h + g_ladj * grad.dl_da;
-      }
-      const V g_alpha_n = signed_t * w_g * step.inv_n;
+      const auto pull = pull_back(pre, h, g_ladj, step, Inverse);
+      const V g_alpha_n = pull.t * w_g * step.inv_n;
       step.alpha.store(terms.alpha + at);
-      signed_t.store(terms.t + at);
-      gamma.store(terms.gamma + at);
-      gamma.store(db + k * width + at);
-      (dp + g_alpha_n * step.dm).store(terms.dp + at);
+      pull.t.store(terms.t + at);
+      pull.gamma.store(terms.gamma + at);
+      pull.gamma.store(db + k * width + at);
+      (pull.dp + g_alpha_n * step.dm).store(terms.dp + at);
       (g_alpha_n + g_alpha_n).store(terms.twice_g_alpha_n + at);
     }
     for (int64_t r = 0; r < group.count; ++r)

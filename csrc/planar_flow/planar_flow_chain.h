@@ -18,16 +18,16 @@ Vec<T> dot(const T* x, const T* y, int64_t n) {
 }
 
 // Steps are numbered i = 0 .. K-1 in the order in which the direction that is run applies them.
-// Arrays by step have `steps` = round_up(K, 16) entries, those past K harmless.
+// Arrays by step have padded_steps = round_up(K, 16) entries, those past K harmless.
 template <class T>
 struct PlanarChain {
-  int64_t K, D, steps, stride;
+  int64_t K, D, padded_steps, stride;
   bool inverse;
-  PlanarStep<T*> step;  // (steps) each
+  PlanarStep<T*> step;  // (padded_steps) each
   T* w;                 // (K, stride), zeros in the padding and in rows up to a multiple of 4
   T* u_hat;             // (K, stride), likewise
   T* panels;            // forward: w, backward: u_hat, in panels for tile_dots
-  T* products;          // (steps, steps): forward [i][j] = w_i.u_hat_j, backward [j][i]
+  T* products;  // (padded_steps, padded_steps): forward [i][j] = w_i.u_hat_j, backward [j][i]
 
   static constexpr int fields = 8;
 
@@ -41,27 +41,27 @@ struct PlanarChain {
 
   static size_t bytes(const PlanarFlowArgs& args) {
     using S = Scratch<PlanarChain>;
-    const int64_t steps = round_up(args.steps, 16), stride = padded_stride<T>(args.features);
-    return fields * S::template bytes<T>(steps) + 2 * S::template bytes<T>(steps * stride) +
-           S::template bytes<T>(steps * args.features) + S::template bytes<T>(steps * steps);
+    const int64_t padded = round_up(args.steps, 16), stride = padded_stride<T>(args.features);
+    return fields * S::template bytes<T>(padded) + 2 * S::template bytes<T>(padded * stride) +
+           S::template bytes<T>(padded * args.features) + S::template bytes<T>(padded * padded);
   }
 
   PlanarChain(const PlanarFlowArgs& args, Scratch<PlanarChain>& scratch, bool backward)
       : K(args.steps),
         D(args.features),
-        steps(round_up(K, 16)),
+        padded_steps(round_up(K, 16)),
         stride(padded_stride<T>(D)),
         inverse(args.inverse) {
     for (T** field :
          {&step.s1, &step.s, &step.x, &step.root_s, &step.ds, &step.dm, &step.alpha, &step.inv_n})
-      *field = scratch.template take<T>(steps);
-    w = scratch.template take<T>(steps * stride);
-    u_hat = scratch.template take<T>(steps * stride);
-    panels = scratch.template take<T>(steps * D);
-    products = scratch.template take<T>(steps * steps);
+      *field = scratch.template take<T>(padded_steps);
+    w = scratch.template take<T>(padded_steps * stride);
+    u_hat = scratch.template take<T>(padded_steps * stride);
+    panels = scratch.template take<T>(padded_steps * D);
+    products = scratch.template take<T>(padded_steps * padded_steps);
 
     const int64_t grain = std::max<int64_t>(1, kThreadCycles * Vec<T>::lanes / (8 * stride) / 16);
-    parallel_for(steps / 16, grain, [&](int64_t begin, int64_t end) {
+    parallel_for(padded_steps / 16, grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin * 16; i < end * 16; i += Vec<T>::lanes) derive(args, i);
     });
     pack_panels(backward ? u_hat : w, stride, K, D, panels);
@@ -109,28 +109,12 @@ struct PlanarChain {
 
   // w_i.u_hat_j for 4 values of i and all j up to the last of them.
   void multiply(int64_t i0, bool backward) {
-    constexpr int lanes = Vec<T>::lanes;
     for (int64_t j0 = 0; j0 <= i0; j0 += 4) {
-      Vec<T> sums[16 / lanes][lanes];
-      for (auto& group : sums)
-        for (auto& sum : group) sum = Vec<T>(T(0));
-      for (int64_t d = 0; d < D; d += lanes) {
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-          const Vec<T> x = Vec<T>::load(w + (i0 + i) * stride + d);
-#pragma GCC unroll 4
-          for (int j = 0; j < 4; ++j)
-            sums[(4 * i + j) / lanes][(4 * i + j) % lanes] +=
-                x * Vec<T>::load(u_hat + (j0 + j) * stride + d);
-        }
-      }
       T block[16];
-#pragma GCC unroll 8
-      for (int group = 0; group < 16 / lanes; ++group)
-        sum_each(sums[group]).store(block + group * lanes);
+      dots_4x4(w + i0 * stride, u_hat + j0 * stride, stride, D, block);
       for (int i = 0; i < 4; ++i)
         for (int j = 0; j < 4; ++j)
-          products[backward ? (j0 + j) * steps + i0 + i : (i0 + i) * steps + j0 + j] =
+          products[backward ? (j0 + j) * padded_steps + i0 + i : (i0 + i) * padded_steps + j0 + j] =
               block[4 * i + j];
     }
   }

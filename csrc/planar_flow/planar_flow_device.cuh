@@ -80,24 +80,6 @@ __device__ __forceinline__ T pre_activation(T r, const PlanarStep<T>& step, bool
   return inverse ? planar_solve(r, step) : r;
 }
 
-// Cotangents of a step's r (gamma) and, without what flows through alpha, of its p (dp), from
-// h = u_hat.g and g_ladj, the cotangent of the sum of L.
-template <class T>
-struct Pullback {
-  T gamma;
-  T dp;
-};
-
-template <class T>
-__device__ __forceinline__ Pullback<T> pull_back(T a, T h, T g_ladj, const PlanarStep<T>& step,
-                                                 bool inverse) {
-  const PlanarTanh<T> tanh_a = planar_tanh(a);
-  const PlanarGrad<T> grad = planar_ladj_grad(a, tanh_a, step);
-  if (!inverse) return {tanh_a.q * h + g_ladj * grad.dl_da, g_ladj * grad.dl_dp};
-  const T gamma = (g_ladj * grad.dl_da - tanh_a.q * h) / max(grad.det, Limits<T>::min_normal);
-  return {gamma, g_ladj * grad.dl_dp - step.ds * copysign(tanh_a.t, a) * gamma};
-}
-
 // One launcher per kind of parameters, direction of differentiation and type.
 template <class T>
 void amortised_forward(const Chain<T>& chain, Stream& stream);

@@ -119,20 +119,20 @@ FASTFLOW_HD PlanarTanh<V> planar_tanh(V a) {
 
 // L = log(t^2 + q s).
 template <class V>
-FASTFLOW_HD V planar_ladj(const PlanarTanh<V>& h, const PlanarStep<V>& step) {
+FASTFLOW_HD V planar_ladj(const PlanarTanh<V>& tanh_a, const PlanarStep<V>& step) {
   using T = element_t<V>;
-  const V y = h.q * step.s1;
+  const V y = tanh_a.q * step.s1;
   const auto plain = y > T(-0.5);
-  V ladj = log1p_or_log(plain, y, h.t * h.t + h.q * step.s);
+  V ladj = log1p_or_log(plain, y, tanh_a.t * tanh_a.t + tanh_a.q * step.s);
   // t^2 and s may both underflow: take the larger one out of the logarithm.
   const auto tiny = (step.x < T(-60)) & !plain;
   if (any(tiny)) {
     const V es = step.root_s;
-    const auto t_wins = h.t > es;
-    const V larger = select(t_wins, h.t, es);
-    const V ratio = select(larger > T(0), select(t_wins, es, h.t) / larger, V(T(0)));
-    const V rest = log1p_or_log(t_wins, h.q * ratio * ratio, h.q + ratio * ratio);
-    const V lead = select(t_wins, T(2) * log(select(t_wins, h.t, V(T(1)))), step.x);
+    const auto t_wins = tanh_a.t > es;
+    const V larger = select(t_wins, tanh_a.t, es);
+    const V ratio = select(larger > T(0), select(t_wins, es, tanh_a.t) / larger, V(T(0)));
+    const V rest = log1p_or_log(t_wins, tanh_a.q * ratio * ratio, tanh_a.q + ratio * ratio);
+    const V lead = select(t_wins, T(2) * log(select(t_wins, tanh_a.t, V(T(1)))), step.x);
     ladj = select(tiny, lead + rest, ladj);
   }
   return ladj;
@@ -180,27 +180,49 @@ struct PlanarGrad {
 };
 
 template <class V>
-FASTFLOW_HD PlanarGrad<V> planar_ladj_grad(V a, const PlanarTanh<V>& h, const PlanarStep<V>& step) {
+FASTFLOW_HD PlanarGrad<V> planar_ladj_grad(V a, const PlanarTanh<V>& tanh_a,
+                                           const PlanarStep<V>& step) {
   using T = element_t<V>;
-  const V y = h.q * step.s1;
+  const V y = tanh_a.q * step.s1;
   const auto plain = y > T(-0.5);
   PlanarGrad<V> grad;
-  grad.det = select(plain, T(1) + y, h.t * h.t + h.q * step.s);
+  grad.det = select(plain, T(1) + y, tanh_a.t * tanh_a.t + tanh_a.q * step.s);
   const V r = T(1) / grad.det;
-  V t_over_det = h.t * r;
-  grad.dl_dp = (h.q * step.ds) * r;
+  V t_over_det = tanh_a.t * r;
+  grad.dl_dp = (tanh_a.q * step.ds) * r;
   const auto tiny = (step.x < T(-60)) & !plain;
   if (any(tiny)) {
     const V es = step.root_s;  // sqrt(ds1/dp) too
-    const V t = max(h.t, V(Limits<T>::min_normal));
-    const V rt = select(h.t > T(0), h.t / es, V(T(0)));
-    t_over_det =
-        select(tiny, select(h.t > T(0), T(1) / (t + h.q * es * (es / t)), V(T(0))), t_over_det);
-    grad.dl_dp = select(tiny, h.q / (h.q + rt * rt), grad.dl_dp);
+    const V t = max(tanh_a.t, V(Limits<T>::min_normal));
+    const V rt = select(tanh_a.t > T(0), tanh_a.t / es, V(T(0)));
+    t_over_det = select(
+        tiny, select(tanh_a.t > T(0), T(1) / (t + tanh_a.q * es * (es / t)), V(T(0))), t_over_det);
+    grad.dl_dp = select(tiny, tanh_a.q / (tanh_a.q + rt * rt), grad.dl_dp);
     grad.det = select(tiny, max(grad.det, V(Limits<T>::min_normal)), grad.det);
   }
   grad.dl_da = copysign(V(T(2)), -a) * (t_over_det * y);
   return grad;
+}
+
+// What a step hands back, given h = u_hat.g and g_ladj, the cotangent of the sum of L: the
+// cotangents gamma of r = w.x + b and dp of p, the latter without what flows through alpha. With
+// x' = x + u_hat t, t = tanh(a), or for the inverse -tanh(a).
+template <class V>
+struct PlanarPullback {
+  V t;
+  V gamma;
+  V dp;
+};
+
+template <class V>
+FASTFLOW_HD PlanarPullback<V> pull_back(V a, V h, V g_ladj, const PlanarStep<V>& step,
+                                        bool inverse) {
+  const auto tanh_a = planar_tanh(a);
+  const auto grad = planar_ladj_grad(a, tanh_a, step);
+  const V t = copysign(tanh_a.t, a);
+  if (!inverse) return {t, tanh_a.q * h + g_ladj * grad.dl_da, g_ladj * grad.dl_dp};
+  const V gamma = (g_ladj * grad.dl_da - tanh_a.q * h) / grad.det;
+  return {-t, gamma, g_ladj * grad.dl_dp - step.ds * t * gamma};
 }
 
 // a cosh(a) - sinh(a) = a^3 (1/3 + a^2/30 + ...) for 0 <= a <= 1.

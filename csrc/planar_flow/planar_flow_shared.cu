@@ -88,7 +88,7 @@ __device__ __forceinline__ void visit_backward(const Chain<T>& chain,
     for (int j = i + 1; j < count; ++j)
       h += workspace.products[int64_t(first + j) * panel + i] * value[j];
     const PlanarStep<T> step = workspace.step[chain.step_at(first + i)];
-    const Pullback<T> pull = pull_back(scalar[i], h, g_ladj, step, chain.inverse);
+    const PlanarPullback<T> pull = pull_back(scalar[i], h, g_ladj, step, chain.inverse);
     value[i] = pull.gamma;
     scalar[i] = pull.dp;
   }

@@ -1,7 +1,7 @@
 // Planar chains with parameters shared by the batch. The state is never formed step by step: with
 // the K x K products of planar_flow_chain.h a tile of rows needs one thin product for the
 // pre-activations, a triangular recurrence of scalars, and one thin product for the output.
-#include <cstring>
+#include <bit>
 
 #include "planar_flow_chain.h"
 #include "planar_flow_cpu.h"
@@ -43,7 +43,7 @@ void recur(const PlanarChain<T>& chain, const T* b, const T* r, T* t, T* a, T* l
     V pre[kTileVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kTileVectors; ++v) pre[v] = V::load(r + i * width + v * lanes) + b_k;
-    add_terms(pre, chain.products + i * chain.steps, t, 0, i, 1);
+    add_terms(pre, chain.products + i * chain.padded_steps, t, 0, i, 1);
 
     const auto step = chain.template at<V>(i);
     PlanarTanh<V> tanh_a[kTileVectors];
@@ -68,10 +68,10 @@ void forward_tile(const PlanarFlowArgs& args, const PlanarChain<T>& chain, int64
   constexpr int width = kTileRows<T>;
   const int64_t rows = std::min<int64_t>(width, args.batch - row), D = chain.D, K = chain.K;
   using S = Scratch<TileScratch<T>>;
-  S scratch(3 * S::template bytes<T>(chain.steps * width));
-  T* r = scratch.template take<T>(chain.steps * width);
-  T* t = scratch.template take<T>(chain.steps * width);
-  T* a = scratch.template take<T>(chain.steps * width);
+  S scratch(3 * S::template bytes<T>(chain.padded_steps * width));
+  T* r = scratch.template take<T>(chain.padded_steps * width);
+  T* t = scratch.template take<T>(chain.padded_steps * width);
+  T* a = scratch.template take<T>(chain.padded_steps * width);
 
   const T* in = static_cast<const T*>(args.in) + row * D;
   tile_dots(in, rows, D, chain.panels, K, r);
@@ -86,21 +86,30 @@ void forward_tile(const PlanarFlowArgs& args, const PlanarChain<T>& chain, int64
 }
 
 // Sums over the rows of a chunk of the batch, and where each part of them lies. With
-// signed t = sigma tanh(a): gamma^T in, (signed t)^T g, gamma^T (signed t), and by lanes db and dp.
+// t = sigma tanh(a): gamma^T in, t^T g, gamma^T t in blocks of 4 x 4 steps, and by lanes db and dp.
 template <class T>
 struct Sums {
   T *gamma_in, *t_g, *gamma_t, *db, *dp;
 
+  int64_t padded_steps;
+
   static int64_t rows(const PlanarChain<T>& chain) { return round_up(chain.K, kBlock); }
   static int64_t size(const PlanarChain<T>& chain) {
-    return rows(chain) * (2 * chain.stride + chain.steps + 2 * Vec<T>::lanes);
+    return rows(chain) * (2 * chain.stride + chain.padded_steps + 2 * Vec<T>::lanes);
   }
   Sums(T* memory, const PlanarChain<T>& chain)
       : gamma_in(memory),
         t_g(gamma_in + rows(chain) * chain.stride),
         gamma_t(t_g + rows(chain) * chain.stride),
-        db(gamma_t + rows(chain) * chain.steps),
-        dp(db + rows(chain) * Vec<T>::lanes) {}
+        db(gamma_t + rows(chain) * chain.padded_steps),
+        dp(db + rows(chain) * Vec<T>::lanes),
+        padded_steps(chain.padded_steps) {}
+
+  // Steps i .. i + 3 of gamma with j .. j + 3 of t, for multiples i, j of 4.
+  T* gamma_t_block(int64_t i, int64_t j) const { return gamma_t + i * padded_steps + 4 * j; }
+  T gamma_t_at(int64_t i, int64_t j) const {
+    return gamma_t_block(i / 4 * 4, j / 4 * 4)[4 * (i % 4) + j % 4];
+  }
 };
 
 // Reverse recurrence of a tile: `h` holds u_hat_i.g; fills gamma and t = sigma tanh(a).
@@ -113,28 +122,18 @@ void recur_backward(const PlanarChain<T>& chain, const T* h, const T* a, const T
     V h_i[kTileVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kTileVectors; ++v) h_i[v] = V::load(h + i * width + v * lanes);
-    add_terms(h_i, chain.products + i * chain.steps, gamma, chain.K - 1, i, -1);
+    add_terms(h_i, chain.products + i * chain.padded_steps, gamma, chain.K - 1, i, -1);
 
     const auto step = chain.template at<V>(i);
     V db(T(0)), dp(T(0));
 #pragma GCC unroll 4
     for (int v = 0; v < kTileVectors; ++v) {
       const V pre = V::load(a + chain.source(i) * width + v * lanes);
-      const V g_ladj = V::load(dladj + v * lanes);
-      const auto tanh_a = planar_tanh(pre);
-      const auto grad = planar_ladj_grad(pre, tanh_a, step);
-      const V t_i = copysign(tanh_a.t, pre);
-      V g_a, g_p = g_ladj * grad.dl_dp;
-      if constexpr (Inverse) {
-        g_a = (g_ladj * grad.dl_da - tanh_a.q * h_i[v]) / grad.det;
-        g_p -= step.ds * t_i * g_a;
-      } else {
-        g_a = tanh_a.q * h_i[v] + g_ladj * grad.dl_da;
-      }
-      g_a.store(gamma + i * width + v * lanes);
-      (Inverse ? -t_i : t_i).store(t + i * width + v * lanes);
-      db += g_a;
-      dp += g_p;
+      const auto pull = pull_back(pre, h_i[v], V::load(dladj + v * lanes), step, Inverse);
+      pull.gamma.store(gamma + i * width + v * lanes);
+      pull.t.store(t + i * width + v * lanes);
+      db += pull.gamma;
+      dp += pull.dp;
     }
     if (param_grads) {
       add_to(sums.db + i * lanes, db);
@@ -149,12 +148,11 @@ void backward_tile(const PlanarFlowArgs& args, const PlanarChain<T>& chain, int6
   constexpr int width = kTileRows<T>;
   const int64_t rows = std::min<int64_t>(width, args.batch - row), D = chain.D, K = chain.K;
   using S = Scratch<TileScratch<T>>;
-  S scratch(5 * S::template bytes<T>(chain.steps * width));
-  T* h = scratch.template take<T>(chain.steps * width);
-  T* a = scratch.template take<T>(chain.steps * width);
-  T* gamma = scratch.template take<T>(chain.steps * width);
-  T* t = scratch.template take<T>(chain.steps * width);
-  T* t_rows = scratch.template take<T>(chain.steps * width);
+  S scratch(4 * S::template bytes<T>(chain.padded_steps * width));
+  T* h = scratch.template take<T>(chain.padded_steps * width);
+  T* a = scratch.template take<T>(chain.padded_steps * width);
+  T* gamma = scratch.template take<T>(chain.padded_steps * width);
+  T* t = scratch.template take<T>(chain.padded_steps * width);
 
   const T* g = static_cast<const T*>(args.d_out) + row * D;
   const int64_t blocked_steps = round_up(K, kBlock);
@@ -175,14 +173,18 @@ void backward_tile(const PlanarFlowArgs& args, const PlanarChain<T>& chain, int6
   if (!args.param_grads) return;
 
   const T* in = static_cast<const T*>(args.in) + row * D;
-  transpose_out(t, width, K, t_rows, chain.steps, width);
   for (int64_t i = 0; i < K; i += kBlock) {
     accumulate(sums.gamma_in + i * chain.stride, chain.stride, gamma + i * width, width, in, D,
                rows, D);
     accumulate(sums.t_g + i * chain.stride, chain.stride, t + i * width, width, g, D, rows, D);
-    accumulate(sums.gamma_t + i * chain.steps, chain.steps, gamma + i * width, width, t_rows,
-               chain.steps, rows, std::min<int64_t>(K, i + kBlock));
   }
+  for (int64_t i = 0; i < K; i += 4)
+    for (int64_t j = 0; j <= i; j += 4) {
+      T block[16];
+      dots_4x4(gamma + i * width, t + j * width, width, width, block);
+      T* sum = sums.gamma_t_block(i, j);
+      for (int e = 0; e < 16; ++e) sum[e] += block[e];
+    }
 }
 
 // The parameter gradients from the sums over the batch.
@@ -190,21 +192,21 @@ template <class T>
 void finish(const PlanarFlowArgs& args, const PlanarChain<T>& chain, const Sums<T>& sums, T* lower,
             T* upper) {
   using V = Vec<T>;
-  const int64_t K = chain.K, D = chain.D, steps = chain.steps, stride = chain.stride;
-  for (int64_t i = 0; i < steps; ++i)
-    for (int64_t j = 0; j < steps; ++j) {
+  const int64_t K = chain.K, D = chain.D, padded = chain.padded_steps, stride = chain.stride;
+  for (int64_t i = 0; i < padded; ++i)
+    for (int64_t j = 0; j < padded; ++j) {
       const bool live = i < K && j < K;
-      lower[i * steps + j] = live && j < i ? sums.gamma_t[i * steps + j] : T(0);
-      upper[i * steps + j] = live && j > i ? sums.gamma_t[j * steps + i] : T(0);
+      lower[i * padded + j] = live && j < i ? sums.gamma_t_at(i, j) : T(0);
+      upper[i * padded + j] = live && j > i ? sums.gamma_t_at(j, i) : T(0);
     }
   const int64_t block_cycles = kBlock * stride * (K + 8) / V::lanes;
   const int64_t grain = std::max<int64_t>(1, kThreadCycles / block_cycles);
   parallel_for(round_up(K, kBlock) / kBlock, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i0 = begin * kBlock; i0 < std::min(end * kBlock, K); i0 += kBlock) {
       const int64_t i1 = std::min<int64_t>(i0 + kBlock, K);
-      accumulate(sums.gamma_in + i0 * stride, stride, lower + i0 * steps, steps, chain.u_hat,
+      accumulate(sums.gamma_in + i0 * stride, stride, lower + i0 * padded, padded, chain.u_hat,
                  stride, i1, D);
-      accumulate(sums.t_g + i0 * stride, stride, upper + i0 * steps + i0, steps,
+      accumulate(sums.t_g + i0 * stride, stride, upper + i0 * padded + i0, padded,
                  chain.w + i0 * stride, stride, K - i0, D);
       for (int64_t i = i0; i < i1; ++i) {
         const int64_t k = chain.source(i);
@@ -240,8 +242,10 @@ void backward(const PlanarFlowArgs& args) {
   const PlanarChain<T> chain(args, memory, true);
   constexpr int64_t width = kTileRows<T>, max_chunks = 64, max_bytes = int64_t(64) << 20;
   const int64_t size = args.param_grads ? Sums<T>::size(chain) : 0;
-  const int64_t wanted = kThreadCycles / row_cycles<T>(args, 4) + 1;
-  int64_t chunks = std::min(max_chunks, (args.batch + wanted - 1) / wanted);
+  // A power of 2: equal parts for the usual numbers of threads.
+  const int64_t cycles = args.batch * row_cycles<T>(args, 4);
+  int64_t chunks =
+      std::min(max_chunks, int64_t(std::bit_floor(uint64_t(cycles / kThreadCycles + 1))));
   if (size) chunks = std::clamp<int64_t>(max_bytes / int64_t(size * sizeof(T)), 1, chunks);
   const int64_t tiles = (args.batch + width - 1) / width;
   const int64_t tiles_per_chunk = (tiles + chunks - 1) / chunks;
@@ -249,7 +253,7 @@ void backward(const PlanarFlowArgs& args) {
 
   using S = Scratch<SumsScratch<T>>;
   S scratch(S::template bytes<T>(chunks * size) +
-            2 * S::template bytes<T>(chain.steps * chain.steps));
+            2 * S::template bytes<T>(chain.padded_steps * chain.padded_steps));
   T* all_sums = scratch.template take<T>(chunks * size);
   parallel_for(chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
@@ -273,8 +277,8 @@ void backward(const PlanarFlowArgs& args) {
           for (int64_t e = 0; e < n; ++e) all_sums[at + e] += all_sums[chunk * size + at + e];
       }
     });
-  T* lower = scratch.template take<T>(chain.steps * chain.steps);
-  T* upper = scratch.template take<T>(chain.steps * chain.steps);
+  T* lower = scratch.template take<T>(chain.padded_steps * chain.padded_steps);
+  T* upper = scratch.template take<T>(chain.padded_steps * chain.padded_steps);
   finish(args, chain, Sums<T>(all_sums, chain), lower, upper);
 }
 
