@@ -87,18 +87,18 @@ def with_sign(magnitude, a):
 
 @triton.jit
 def planar_step(p, n, CENTRED: tl.constexpr):
-    """(x, root, s1, s, ds, alpha): the terms of a step that do not depend on z.
+    """(x, root_s, s1, s, ds, alpha): the terms of a step that do not depend on z.
 
-    root = exp(x / 2), which is sqrt(s) where s is small; ds = ds1/dp.
+    root_s = exp(x / 2), which is sqrt(s) where s is small; ds = ds1/dp.
     """
-    root = exp(tl.where(p < 0.0, 0.5 * p, 0.0))
+    root_s = exp(tl.where(p < 0.0, 0.5 * p, 0.0))
     if CENTRED:
         x = p + LOG_E_MINUS_1
         v = p
         # exp(-|x|) without the rounding of x
         e = exp(tl.where(x > 0.0, -p, p))
         e = tl.where(x > 0.0, e / E_MINUS_1, e * E_MINUS_1)
-        root = root * SQRT_E_MINUS_1
+        root_s = root_s * SQRT_E_MINUS_1
     else:
         x = p
         v = (p - LOG_E_MINUS_1_HEAD) - LOG_E_MINUS_1_REST
@@ -117,17 +117,17 @@ def planar_step(p, n, CENTRED: tl.constexpr):
     s = tl.where(guarded, 1.0 + s1, s)
     ds = tl.where(guarded, tl.where(p > -0.5, 1.0, 0.0), ds)
     x = tl.where(guarded, 0.0, x)
-    return x, root, s1, s, ds, alpha
+    return x, root_s, s1, s, ds, alpha
 
 
 @triton.jit
-def step_ladj(t, q, x, root, s1, s):
+def step_ladj(t, q, x, root_s, s1, s):
     """L = log(1 + q s1) = log(t^2 + q s), without cancellation or underflow."""
     y = q * s1
     near = y > -0.5
     deep = (x <= -60.0) & (y <= -0.5)  # where t^2 and s may both underflow
-    above = t > root
-    ratio = tl.where(above, root, t) / tl.where(above, t, tl.where(root < TINY, TINY, root))
+    above = t > root_s
+    ratio = tl.where(above, root_s, t) / tl.where(above, t, tl.where(root_s < TINY, TINY, root_s))
     # one logarithm serves all branches: of 1 + v to the precision of v, or of u
     v = tl.where(near, y, q * ratio * ratio)
     is_log1p = near | (deep & above)
@@ -140,18 +140,18 @@ def step_ladj(t, q, x, root, s1, s):
 
 
 @triton.jit
-def step_ladj_grads(a, t, q, x, root, s1, s, ds):
+def step_ladj_grads(a, t, q, x, root_s, s1, s, ds):
     """(dL/da, dL/dp, det) of one step, with the branches of `step_ladj`."""
     y = q * s1
     # y carries the errors of q and s1, which y / (1 + y) magnifies for y < 0
     det = tl.where(y > -0.25, 1.0 + y, t * t + q * s)
     deep = (x <= -60.0) & (y <= -0.5)
-    above = t > root
-    floor = tl.where(root < TINY, TINY, root)
-    ratio = tl.where(above, root, t) / tl.where(above, t, floor)
+    above = t > root_s
+    floor = tl.where(root_s < TINY, TINY, root_s)
+    ratio = tl.where(above, root_s, t) / tl.where(above, t, floor)
     r2 = ratio * ratio
-    # t / det and q s / det, with t^2 or root^2 cancelled from both
-    deep_t = tl.where(above, 1.0, ratio) / tl.where(above, t + q * root * ratio, (r2 + q) * floor)
+    # t / det and q s / det, with t^2 or root_s^2 cancelled from both
+    deep_t = tl.where(above, 1.0, ratio) / tl.where(above, t + q * root_s * ratio, (r2 + q) * floor)
     deep_dp = q * tl.where(above, r2, 1.0) / tl.where(above, 1.0 + q * r2, q + r2)
     safe = tl.where(deep, 1.0, det)
     t_over_det = tl.where(deep, deep_t, t / safe)

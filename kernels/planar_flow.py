@@ -59,14 +59,14 @@ def planar_flow_forward_kernel(
 
         p_p = tl.sum(w_pd * u_pd, axis=1)
         n_p = tl.sum(w_pd * w_pd, axis=1)
-        x_p, root_p, s1_p, s_p, _ds_p, alpha_p = math.planar_step(p_p, n_p, CENTRED)
+        x_p, root_s_p, s1_p, s_p, _ds_p, alpha_p = math.planar_step(p_p, n_p, CENTRED)
         a_b = tl.sum(w_pd * z_bd, axis=1) + b_p
         if INVERSE:
             a_b = math.solve_step(a_b, s1_p, s_p)
         tl.store(a_ptr + rows * K + k, a_b, mask=row_ok)
 
         t_b, q_b = math.tanh_sech2(a_b)
-        l_b = math.step_ladj(t_b, q_b, x_p, root_p, s1_p, s_p)
+        l_b = math.step_ladj(t_b, q_b, x_p, root_s_p, s1_p, s_p)
         t_b = math.with_sign(t_b, a_b)
         if INVERSE:
             l_b, t_b = -l_b, -t_b
@@ -126,10 +126,10 @@ def planar_flow_backward_kernel(
 
         p_p = tl.sum(w_pd * u_pd, axis=1)
         n_p = tl.sum(w_pd * w_pd, axis=1)
-        x_p, root_p, s1_p, s_p, ds_p, alpha_p = math.planar_step(p_p, n_p, CENTRED)
+        x_p, root_s_p, s1_p, s_p, ds_p, alpha_p = math.planar_step(p_p, n_p, CENTRED)
         u_hat_pd = u_pd + alpha_p[:, None] * w_pd
         t_b, q_b = math.tanh_sech2(a_b)
-        da_b, dp_b, det_b = math.step_ladj_grads(a_b, t_b, q_b, x_p, root_p, s1_p, s_p, ds_p)
+        da_b, dp_b, det_b = math.step_ladj_grads(a_b, t_b, q_b, x_p, root_s_p, s1_p, s_p, ds_p)
         t_b = math.with_sign(t_b, a_b)
         h_b = tl.sum(u_hat_pd * g_bd, axis=1)
         gamma_b = math.pre_activation_grad(h_b, dladj_b, q_b, da_b, det_b, INVERSE)

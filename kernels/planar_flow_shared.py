@@ -75,7 +75,7 @@ def planar_flow_products_kernel(
         other_ok = others < K
         p_k = tl.load(pn_ptr + steps, mask=step_ok, other=0.0)
         n_k = tl.load(pn_ptr + K + steps, mask=step_ok, other=0.0)
-        x_k, root_k, s1_k, s_k, ds_k, _alpha_k = math.planar_step(p_k, n_k, CENTRED)
+        x_k, root_s_k, s1_k, s_k, ds_k, _alpha_k = math.planar_step(p_k, n_k, CENTRED)
         s_kc = tl.zeros([BLOCK_K, BLOCK_C], dtype)
         dp_rk = tl.zeros([BLOCK_R, BLOCK_K], dtype)
         db_rk = tl.zeros([BLOCK_R, BLOCK_K], dtype)
@@ -99,7 +99,7 @@ def planar_flow_products_kernel(
                     t_rk,
                     q_rk,
                     x_k[None, :],
-                    root_k[None, :],
+                    root_s_k[None, :],
                     s1_k[None, :],
                     s_k[None, :],
                     ds_k[None, :],
@@ -164,7 +164,7 @@ def planar_flow_parameters_kernel(
 
     p_p = tl.load(pn_ptr + step)
     n_p = tl.load(pn_ptr + K + step)
-    _x_p, _root_p, _s1_p, _s_p, ds_p, alpha_p = math.planar_step(p_p, n_p, CENTRED)
+    _x_p, _root_s_p, _s1_p, _s_p, ds_p, alpha_p = math.planar_step(p_p, n_p, CENTRED)
     dp_p = tl.load(sum_ptr + step)
     dw_pd, du_pd = math.through_u_hat(w_pd, u_pd, dw_pd, du_hat_pd, dp_p, n_p, ds_p, alpha_p)
     tl.store(dw_ptr + tile, dw_pd, mask=col_ok)

@@ -19,7 +19,7 @@ FLAGS = [
     *("-fsanitize=bounds,alignment", "-fsanitize-undefined-trap-on-error"),
     *(f"-I{SHIM}", f"-I{ROOT / 'csrc'}"),
 ]
-ARGUMENTS = "in w u b out ladj a d_out d_ladj d_in dw du db workspace".split()
+ARGUMENTS = "in w u b out ladj a d_out dladj d_in dw du db workspace".split()
 
 
 class Sizes(ctypes.Structure):
@@ -80,7 +80,7 @@ class Kernels:
     def backward(
         self,
         d_out: Tensor,
-        d_ladj: Tensor,
+        dladj: Tensor,
         z: Tensor,
         out: Tensor,
         w: Tensor,
@@ -91,7 +91,7 @@ class Kernels:
         param_grads: bool = True,
     ) -> tuple[Tensor, ...]:
         """(d_in, dw, du, db), or d_in alone."""
-        given = {"in": z, "w": w, "u": u, "out": out, "a": a, "d_out": d_out, "d_ladj": d_ladj}
+        given = {"in": z, "w": w, "u": u, "out": out, "a": a, "d_out": d_out, "dladj": dladj}
         outputs = {"d_in": z.shape}
         if param_grads:
             outputs |= {"dw": w.shape, "du": u.shape, "db": w.shape[:-1]}

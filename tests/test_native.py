@@ -206,10 +206,11 @@ def test_builds_for_all_vector_units_agree(library: Path) -> None:
 
     flavours = native.CPU_LIBRARIES.get(torch.backends.cpu.get_cpu_capability(), ("default",))
     files = [library.with_name(f"_cpu_{flavour}.so") for flavour in flavours]
+    files = [file for file in files if file.exists()]
+    if len(files) < 2:
+        pytest.skip("one build alone runs here")
     tables = [
-        [line.split() for line in outside("print_results", file).splitlines()]
-        for file in files
-        if file.exists()
+        [line.split() for line in outside("print_results", file).splitlines()] for file in files
     ]
     for table in tables[1:]:
         assert len(table) == len(tables[0]) > 0

@@ -1,11 +1,8 @@
 // Threads and scratch memory of the CPU kernels.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
-#if !defined(_WIN32)
 #include <pthread.h>
-#endif
+#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <atomic>
@@ -21,9 +18,7 @@ namespace fastflow {
 // has no threads left in the child and would wait for them forever (a data loader's workers are
 // such children), so kernels run serially there.
 inline bool in_forked_child = false;
-#if !defined(_WIN32)
 inline const int fork_handler = pthread_atfork(nullptr, nullptr, [] { in_forked_child = true; });
-#endif
 
 // Roughly how many cycles are worth a thread, for choosing the grain of a loop.
 inline constexpr int64_t kThreadCycles = 20000;

@@ -5,24 +5,13 @@ namespace fastflow {
 namespace {
 
 template <class T>
-const char* forward(const PlanarFlowArgs& args, cudaStream_t cuda_stream) {
+const char* run(bool backward, const PlanarFlowArgs& args, cudaStream_t cuda_stream) {
   Stream stream(cuda_stream);
   const Chain<T> chain(args);
   if (args.shared)
-    shared_forward(chain, args.workspace, stream);
+    shared(backward, chain, args.workspace, stream);
   else
-    amortised_forward(chain, stream);
-  return stream.error();
-}
-
-template <class T>
-const char* backward(const PlanarFlowArgs& args, cudaStream_t cuda_stream) {
-  Stream stream(cuda_stream);
-  const Chain<T> chain(args);
-  if (args.shared)
-    shared_backward(chain, args.workspace, stream);
-  else
-    amortised_backward(chain, stream);
+    amortised(backward, chain, stream);
   return stream.error();
 }
 
@@ -35,11 +24,11 @@ size_t workspace(const PlanarFlowArgs& args, bool backward) {
 }  // namespace
 
 const char* planar_flow_forward_cuda(const PlanarFlowArgs& args, cudaStream_t stream) {
-  return args.is_double ? forward<double>(args, stream) : forward<float>(args, stream);
+  return args.is_double ? run<double>(false, args, stream) : run<float>(false, args, stream);
 }
 
 const char* planar_flow_backward_cuda(const PlanarFlowArgs& args, cudaStream_t stream) {
-  return args.is_double ? backward<double>(args, stream) : backward<float>(args, stream);
+  return args.is_double ? run<double>(true, args, stream) : run<float>(true, args, stream);
 }
 
 size_t planar_flow_forward_cuda_workspace(const PlanarFlowArgs& args) {

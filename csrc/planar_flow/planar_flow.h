@@ -34,9 +34,9 @@ struct PlanarFlowArgs {
   void* a;     // (B, K)
 
   // Backward only.
-  const void* d_out;   // (B, D)
-  const void* d_ladj;  // (B)
-  void* d_in;          // (B, D)
+  const void* d_out;  // (B, D)
+  const void* dladj;  // (B)
+  void* d_in;         // (B, D)
   void* dw;
   void* du;
   void* db;

@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kLanes > kThreads ? kLanes : kThreads)
   const int steps = chain.steps, features = chain.features;
   const int64_t first = row * steps;
   T* const scratch = shared_memory<T>();
-  const T g_ladj = chain.sigma() * chain.d_ladj[row];
+  const T g_ladj = chain.sigma() * chain.dladj[row];
 
   RowPart<T, kLanes> x, g, w, u, next_w, next_u;
   x.load(chain.out + row * features, lane, chain);
@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(kWideThreads, kWideBlocks)
     wide_backward_kernel(const Chain<T> chain) {
   const int64_t row = blockIdx.x;
   const int steps = chain.steps, features = chain.features;
-  const T g_ladj = chain.sigma() * chain.d_ladj[row];
+  const T g_ladj = chain.sigma() * chain.dladj[row];
   T* const d_in = chain.d_in + row * features;
   for (int i = steps - 1; i >= 0; --i) {
     const int64_t k = row * steps + chain.step_at(i);
@@ -281,38 +281,23 @@ void with_lanes(int features, const F& f) {
 }  // namespace
 
 template <class T>
-void amortised_forward(const Chain<T>& chain, Stream& stream) {
+void amortised(bool backward, const Chain<T>& chain, Stream& stream) {
   with_lanes<T>(chain.features, [&](auto lanes) {
     constexpr int kLanes = lanes;
     if constexpr (kLanes == 0) {
       const size_t scratch = group_sum_bytes<T>(kWideThreads);
-      stream.launch(wide_forward_kernel<T>, unsigned(chain.batch), kWideThreads, scratch, chain);
+      stream.launch(backward ? wide_backward_kernel<T> : wide_forward_kernel<T>,
+                    unsigned(chain.batch), kWideThreads, scratch, chain);
     } else {
       constexpr int block = kLanes > kThreads ? kLanes : kThreads;
       const unsigned grid = unsigned(divide_up<int64_t>(chain.batch, block / kLanes));
-      stream.launch(forward_kernel<T, kLanes>, grid, block, group_sum_bytes<T>(kLanes), chain);
+      stream.launch(backward ? backward_kernel<T, kLanes> : forward_kernel<T, kLanes>, grid, block,
+                    group_sum_bytes<T>(kLanes), chain);
     }
   });
 }
 
-template <class T>
-void amortised_backward(const Chain<T>& chain, Stream& stream) {
-  with_lanes<T>(chain.features, [&](auto lanes) {
-    constexpr int kLanes = lanes;
-    if constexpr (kLanes == 0) {
-      const size_t scratch = group_sum_bytes<T>(kWideThreads);
-      stream.launch(wide_backward_kernel<T>, unsigned(chain.batch), kWideThreads, scratch, chain);
-    } else {
-      constexpr int block = kLanes > kThreads ? kLanes : kThreads;
-      const unsigned grid = unsigned(divide_up<int64_t>(chain.batch, block / kLanes));
-      stream.launch(backward_kernel<T, kLanes>, grid, block, group_sum_bytes<T>(kLanes), chain);
-    }
-  });
-}
-
-template void amortised_forward(const Chain<float>&, Stream&);
-template void amortised_forward(const Chain<double>&, Stream&);
-template void amortised_backward(const Chain<float>&, Stream&);
-template void amortised_backward(const Chain<double>&, Stream&);
+template void amortised(bool, const Chain<float>&, Stream&);
+template void amortised(bool, const Chain<double>&, Stream&);
 
 }  // namespace fastflow

@@ -197,10 +197,10 @@ void backward_group(const PlanarFlowArgs& args, const Group<T>& group) {
   group.load_rows(args.d_out, g, stride);
   if constexpr (ParamGrads) group.load_rows(args.out, x, stride);
   group.gather(args.a, a);
-  T dladj[width] = {};
+  T g_ladj[width] = {};
   for (int64_t r = 0; r < group.count; ++r) {
-    const T value = static_cast<const T*>(args.d_ladj)[group.first + r];
-    dladj[r] = Inverse ? -value : value;
+    const T value = static_cast<const T*>(args.dladj)[group.first + r];
+    g_ladj[r] = Inverse ? -value : value;
   }
 
   for (int64_t i = K - 1; i >= 0; --i) {
@@ -235,10 +235,10 @@ void backward_group(const PlanarFlowArgs& args, const Group<T>& group) {
     for (int half = 0; half < group.halves(); ++half) {
       const int64_t at = half * lanes;
       const auto step = planar_step(sum_lanes(wu, half), sum_lanes(ww, half), args.centred);
-      const V pre = V::load(a + k * width + at), g_ladj = V::load(dladj + at);
+      const V pre = V::load(a + k * width + at), g_ladj_h = V::load(g_ladj + at);
       const V w_g = sum_lanes(wg, half);
       const V h = sum_lanes(ug, half) + step.alpha * w_g;  // u_hat . g
-      const auto pull = pull_back(pre, h, g_ladj, step, Inverse);
+      const auto pull = pull_back(pre, h, g_ladj_h, step, Inverse);
       const V g_alpha_n = pull.t * w_g * step.inv_n;
       step.alpha.store(terms.alpha + at);
       pull.t.store(terms.t + at);

@@ -116,7 +116,7 @@ std::tuple<Tensor, Tensor, Tensor> apply(const Tensor& in, const Tensor& w, cons
   return {std::move(out), std::move(ladj), std::move(a)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> apply_backward(const Tensor& d_out, const Tensor& d_ladj,
+std::tuple<Tensor, Tensor, Tensor, Tensor> apply_backward(const Tensor& d_out, const Tensor& dladj,
                                                           const Tensor& in, const Tensor& out,
                                                           const Tensor& w, const Tensor& u,
                                                           const Tensor& a, bool centred,
@@ -124,12 +124,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> apply_backward(const Tensor& d_out, c
   PlanarFlowArgs args = prepare(in, w, u, centred, inverse);
   const int64_t B = args.batch, D = args.features, K = args.steps;
   check_like(d_out, "the cotangent of the output", in, {B, D});
-  check_like(d_ladj, "dladj", in, {B});
+  check_like(dladj, "dladj", in, {B});
   check_like(out, "the output", in, {B, D});
   check_like(a, "a", in, {B, K});
   args.param_grads = param_grads;
   args.d_out = d_out.data_ptr();
-  args.d_ladj = d_ladj.data_ptr();
+  args.dladj = dladj.data_ptr();
   args.out = out.data_ptr();
   args.a = a.data_ptr();
   const auto like_w = [&] {

@@ -27,9 +27,9 @@ struct Chain {
   T* ladj;  // (B)
   T* a;     // (B, K)
 
-  const T* d_out;   // (B, D)
-  const T* d_ladj;  // (B)
-  T* d_in;          // (B, D)
+  const T* d_out;  // (B, D)
+  const T* dladj;  // (B)
+  T* d_in;         // (B, D)
   T* dw;
   T* du;
   T* db;
@@ -57,7 +57,7 @@ Chain<T>::Chain(const PlanarFlowArgs& args)
       ladj(static_cast<T*>(args.ladj)),
       a(static_cast<T*>(args.a)),
       d_out(static_cast<const T*>(args.d_out)),
-      d_ladj(static_cast<const T*>(args.d_ladj)),
+      dladj(static_cast<const T*>(args.dladj)),
       d_in(static_cast<T*>(args.d_in)),
       dw(static_cast<T*>(args.dw)),
       du(static_cast<T*>(args.du)),
@@ -80,15 +80,11 @@ __device__ __forceinline__ T pre_activation(T r, const PlanarStep<T>& step, bool
   return inverse ? planar_solve(r, step) : r;
 }
 
-// One launcher per kind of parameters, direction of differentiation and type.
+// One launcher per kind of parameters and type, for both directions of differentiation.
 template <class T>
-void amortised_forward(const Chain<T>& chain, Stream& stream);
+void amortised(bool backward, const Chain<T>& chain, Stream& stream);
 template <class T>
-void amortised_backward(const Chain<T>& chain, Stream& stream);
-template <class T>
-void shared_forward(const Chain<T>& chain, void* workspace, Stream& stream);
-template <class T>
-void shared_backward(const Chain<T>& chain, void* workspace, Stream& stream);
+void shared(bool backward, const Chain<T>& chain, void* workspace, Stream& stream);
 
 // Bytes of their workspace; the amortised ones need none.
 template <class T>

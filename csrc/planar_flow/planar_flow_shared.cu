@@ -3,10 +3,10 @@
 // The pre-activations of a row depend on each other through the products w_i . u_hat_j alone, so a
 // panel of steps is two thin matrix products with a recurrence of scalars between them:
 //
-//   forward:   r = x w^T + b,     r_i += sum_{j<i} (w_i . u_hat_j) tau_j,     x += tau u_hat
+//   forward:   r = x w^T + b,     r_i += sum_{j<i} (w_i . u_hat_j) t_j,     x += t u_hat
 //   backward:  h = g u_hat^T,     h_i += sum_{j>i} (w_j . u_hat_i) gamma_j,   g += gamma w
 //
-// with tau = sigma tanh(a). Rows go through device memory once for up to 32 steps, whatever K is.
+// with t = sigma tanh(a). Rows go through device memory once for up to 32 steps, whatever K is.
 #include "planar_flow_shared.cuh"
 #include "planar_flow_tile.cuh"
 
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kPrepareThreads)
   }
 }
 
-// The recurrence of one row over a panel from `first`: `value` holds r and becomes tau, `a` gets
+// The recurrence of one row over a panel from `first`: `value` holds r and becomes t, `a` gets
 // the pre-activations. Returns the panel's part of the sum of L.
 template <class T>
 __device__ __forceinline__ T visit_forward(const Chain<T>& chain,
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocks)
   Tile<T, kRows, kPanel> tile(chain, int64_t(blockIdx.x) * (kRows * kRowGroups));
   const bool has_row = int(threadIdx.x) < tile.rows;
   const int place = threadIdx.x * tile.kValueStride;
-  const T g_ladj = has_row ? chain.sigma() * chain.d_ladj[tile.first_row + threadIdx.x] : T(0);
+  const T g_ladj = has_row ? chain.sigma() * chain.dladj[tile.first_row + threadIdx.x] : T(0);
   const T* source = chain.d_out;
   for (tile.first = (chain.steps - 1) / kPanel * kPanel; tile.first >= 0; tile.first -= kPanel) {
     tile.count = smaller(kPanel, chain.steps - tile.first);
@@ -178,22 +178,15 @@ size_t shared_workspace_bytes(const Chain<T>& chain, bool backward) {
 }
 
 template <class T>
-void shared_forward(const Chain<T>& chain, void* workspace, Stream& stream) {
-  run_chain(false, chain, SharedWorkspace<T>(chain, false, workspace), stream);
-}
-
-template <class T>
-void shared_backward(const Chain<T>& chain, void* workspace, Stream& stream) {
-  const SharedWorkspace<T> carved(chain, true, workspace);
-  run_chain(true, chain, carved, stream);
-  if (chain.param_grads) shared_param_grads(chain, carved, stream);
+void shared(bool backward, const Chain<T>& chain, void* workspace, Stream& stream) {
+  const SharedWorkspace<T> carved(chain, backward, workspace);
+  run_chain(backward, chain, carved, stream);
+  if (backward && chain.param_grads) shared_param_grads(chain, carved, stream);
 }
 
 template size_t shared_workspace_bytes(const Chain<float>&, bool);
 template size_t shared_workspace_bytes(const Chain<double>&, bool);
-template void shared_forward(const Chain<float>&, void*, Stream&);
-template void shared_forward(const Chain<double>&, void*, Stream&);
-template void shared_backward(const Chain<float>&, void*, Stream&);
-template void shared_backward(const Chain<double>&, void*, Stream&);
+template void shared(bool, const Chain<float>&, void*, Stream&);
+template void shared(bool, const Chain<double>&, void*, Stream&);
 
 }  // namespace fastflow

@@ -30,8 +30,8 @@ int64_t batch_pieces(const Chain<T>& chain) {
   return smaller(divide_up<int64_t>(512, tiles), divide_up<int64_t>(chain.batch, 128));
 }
 
-// Everything that a step is summed over the batch for, tau = sigma tanh(a):
-//   gamma^T in (D), gamma^T tau (K), tau^T g (D), sum of gamma, sum of dp.
+// Everything that a step is summed over the batch for, t = sigma tanh(a):
+//   gamma^T in (D), gamma^T t (K), t^T g (D), sum of gamma, sum of dp.
 template <class T>
 __host__ __device__ int64_t sums_per_step(const Chain<T>& chain) {
   return 2 * int64_t(chain.features) + chain.steps + 2;

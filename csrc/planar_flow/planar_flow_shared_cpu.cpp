@@ -114,7 +114,7 @@ struct Sums {
 
 // Reverse recurrence of a tile: `h` holds u_hat_i.g; fills gamma and t = sigma tanh(a).
 template <bool Inverse, class T>
-void recur_backward(const PlanarChain<T>& chain, const T* h, const T* a, const T* dladj,
+void recur_backward(const PlanarChain<T>& chain, const T* h, const T* a, const T* g_ladj,
                     bool param_grads, T* gamma, T* t, const Sums<T>& sums) {
   using V = Vec<T>;
   constexpr int lanes = V::lanes, width = kTileRows<T>;
@@ -129,7 +129,7 @@ void recur_backward(const PlanarChain<T>& chain, const T* h, const T* a, const T
 #pragma GCC unroll 4
     for (int v = 0; v < kTileVectors; ++v) {
       const V pre = V::load(a + chain.source(i) * width + v * lanes);
-      const auto pull = pull_back(pre, h_i[v], V::load(dladj + v * lanes), step, Inverse);
+      const auto pull = pull_back(pre, h_i[v], V::load(g_ladj + v * lanes), step, Inverse);
       pull.gamma.store(gamma + i * width + v * lanes);
       pull.t.store(t + i * width + v * lanes);
       db += pull.gamma;
@@ -158,17 +158,17 @@ void backward_tile(const PlanarFlowArgs& args, const PlanarChain<T>& chain, int6
   const int64_t blocked_steps = round_up(K, kBlock);
   tile_dots(g, rows, D, chain.panels, K, h);
   transpose_in(static_cast<const T*>(args.a) + row * K, K, rows, K, a, width);
-  T dladj[width] = {};
+  T g_ladj[width] = {};
   for (int64_t r = 0; r < rows; ++r) {
-    const T value = static_cast<const T*>(args.d_ladj)[row + r];
-    dladj[r] = args.inverse ? -value : value;
+    const T value = static_cast<const T*>(args.dladj)[row + r];
+    g_ladj[r] = args.inverse ? -value : value;
   }
   std::fill_n(gamma + K * width, (blocked_steps - K) * width, T(0));
   std::fill_n(t + K * width, (blocked_steps - K) * width, T(0));
   if (args.inverse)
-    recur_backward<true>(chain, h, a, dladj, args.param_grads, gamma, t, sums);
+    recur_backward<true>(chain, h, a, g_ladj, args.param_grads, gamma, t, sums);
   else
-    recur_backward<false>(chain, h, a, dladj, args.param_grads, gamma, t, sums);
+    recur_backward<false>(chain, h, a, g_ladj, args.param_grads, gamma, t, sums);
   tile_update(g, static_cast<T*>(args.d_in) + row * D, rows, D, gamma, chain.w, chain.stride, K);
   if (!args.param_grads) return;
 

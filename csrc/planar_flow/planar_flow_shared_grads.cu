@@ -1,10 +1,10 @@
 // Gradients of shared parameters: sums over the batch, in a fixed order and without atomics.
 //
-// With gamma and dp of every row and step (planar_flow_shared.cu), tau = sigma tanh(a), and g the
+// With gamma and dp of every row and step (planar_flow_shared.cu), t = sigma tanh(a), and g the
 // cotangent of the chain's output, the states and cotangents inside the chain need not be rebuilt:
 //
-//   dw_k     = gamma_k^T in + sum_{j before k} (gamma_k^T tau_j) u_hat_j
-//   du_hat_k = tau_k^T g    + sum_{j after k}  (gamma_j^T tau_k) w_j
+//   dw_k     = gamma_k^T in + sum_{j before k} (gamma_k^T t_j) u_hat_j
+//   du_hat_k = t_k^T g    + sum_{j after k}  (gamma_j^T t_k) w_j
 #include "planar_flow_shared.cuh"
 
 namespace fastflow {
@@ -21,14 +21,14 @@ constexpr size_t sum_shared_bytes() {
   return sizeof(T) * kSumSteps * (kSumThreads > 2 * kStagedRows ? kSumThreads : 2 * kStagedRows);
 }
 
-// Grid: (column tiles, step tiles, pieces of the batch). A thread owns a column c of [in | tau] and
-// of [g], and every (kSumThreads / columns)-th row: gamma^T [in | tau] and tau^T g for kSumSteps
-// steps in its registers. Column c >= D is tau of step c - D.
+// Grid: (column tiles, step tiles, pieces of the batch). A thread owns a column c of [in | t] and
+// of [g], and every (kSumThreads / columns)-th row: gamma^T [in | t] and t^T g for kSumSteps
+// steps in its registers. Column c >= D is t of step c - D.
 template <class T>
 __global__ void __launch_bounds__(kSumThreads, kSumBlocks)
     sums_kernel(const Chain<T> chain, const SharedWorkspace<T> workspace, int columns) {
-  T* const gamma_tile = shared_memory<T>();                  // (rows, kSumSteps)
-  T* const tau_tile = gamma_tile + kStagedRows * kSumSteps;  // (rows, kSumSteps)
+  T* const gamma_tile = shared_memory<T>();                // (rows, kSumSteps)
+  T* const t_tile = gamma_tile + kStagedRows * kSumSteps;  // (rows, kSumSteps)
   const int features = chain.features, steps = chain.steps;
   const int64_t c = int64_t(blockIdx.x) * columns + threadIdx.x % columns;
   const int slice = threadIdx.x / columns, slices = kSumThreads / columns;
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kSumThreads, kSumBlocks)
   const int64_t per_piece = divide_up<int64_t>(chain.batch, gridDim.z);
   const int64_t end = smaller(chain.batch, (blockIdx.z + 1) * per_piece);
 
-  T with_gamma[kSumSteps] = {}, with_tau[kSumSteps] = {};
+  T with_gamma[kSumSteps] = {}, with_t[kSumSteps] = {};
   T scalar = 0;  // threads below 2 kSumSteps of the first column tile: sum of a step's gamma or dp
   const int scalar_step = first + threadIdx.x % kSumSteps;
   const bool has_scalar = blockIdx.x == 0 && threadIdx.x < 2 * kSumSteps && scalar_step < steps;
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kSumThreads, kSumBlocks)
       const bool exists = r < rows && k < steps;
       const int64_t at = (row + r) * steps + k;
       gamma_tile[index] = exists ? workspace.gamma[at] : T(0);
-      tau_tile[index] = exists ? chain.sigma() * signed_tanh(chain.a[at]) : T(0);
+      t_tile[index] = exists ? chain.sigma() * signed_tanh(chain.a[at]) : T(0);
     }
     __syncthreads();
     if (has_scalar)
@@ -68,11 +68,11 @@ __global__ void __launch_bounds__(kSumThreads, kSumBlocks)
       for (int s = 0; s < kSumSteps; s += 4) {
         const int at = r * kSumSteps + s;
         const Quad<T> gamma = *reinterpret_cast<const Quad<T>*>(gamma_tile + at);
-        const Quad<T> tau = *reinterpret_cast<const Quad<T>*>(tau_tile + at);
+        const Quad<T> t = *reinterpret_cast<const Quad<T>*>(t_tile + at);
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           with_gamma[s + e] += gamma.v[e] * x;
-          with_tau[s + e] += tau.v[e] * g;
+          with_t[s + e] += t.v[e] * g;
         }
       }
     }
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kSumThreads, kSumBlocks)
     }
   };
   store(with_gamma, 0, int64_t(features) + steps);
-  store(with_tau, int64_t(features) + steps, features);
+  store(with_t, int64_t(features) + steps, features);
   if (has_scalar)
     partial[(scalar_step - first) * width + width - 2 + threadIdx.x / kSumSteps] = scalar;
 }

@@ -10,7 +10,7 @@ struct Sizes {
   bool shared, centred, inverse, param_grads, is_double;
 };
 
-// Pointers in the order of the struct's members: in, w, u, b, out, ladj, a, d_out, d_ladj, d_in,
+// Pointers in the order of the struct's members: in, w, u, b, out, ladj, a, d_out, dladj, d_in,
 // dw, du, db, workspace.
 static PlanarFlowArgs arguments(const Sizes& sizes, void* const* p) {
   return {sizes.batch,
