@@ -149,10 +149,48 @@ void dots_block(const T* rows, int64_t row_count, int64_t D, const T* panels, in
   }
 }
 
+// tile_dots for Steps steps without panels: along the rows as they lie, which is less work than
+// bringing them into lanes where there are few steps.
+template <int Steps, class T>
+void dots_along_rows(const T* rows, int64_t row_count, int64_t D, const T* matrix, int64_t stride,
+                     T* out) {
+  constexpr int lanes = Vec<T>::lanes;
+  for (int64_t row = 0; row < kTileRows<T>; row += lanes) {
+    Vec<T> sums[Steps][lanes];
+    for (int r = 0; r < lanes; ++r) {
+      Vec<T> sum[Steps];
+#pragma GCC unroll 4
+      for (int i = 0; i < Steps; ++i) sum[i] = Vec<T>(T(0));
+      const auto add = [&](Vec<T> x, int64_t d) {
+#pragma GCC unroll 4
+        for (int i = 0; i < Steps; ++i) sum[i] += x * Vec<T>::load(matrix + i * stride + d);
+      };
+      if (row + r < row_count) {
+        const T* x = rows + (row + r) * D;
+        int64_t d = 0;
+        for (; d + lanes <= D; d += lanes) add(Vec<T>::load(x + d), d);
+        if (d < D) add(load_partial(x + d, int(D - d)), d);
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < Steps; ++i) sums[i][r] = sum[i];
+    }
+    for (int i = 0; i < Steps; ++i) sum_each(sums[i]).store(out + i * kTileRows<T> + row);
+  }
+}
+
 // out[i] = rows . matrix_i for the rows of a tile, by step; `out` has round_up(K, kBlock) steps,
-// those past K void.
+// those past K void. `panels` is `matrix`, whose rows are padded with zeros, from pack_panels.
 template <class T>
-void tile_dots(const T* rows, int64_t row_count, int64_t D, const T* panels, int64_t K, T* out) {
+void tile_dots(const T* rows, int64_t row_count, int64_t D, const T* matrix, int64_t stride,
+               const T* panels, int64_t K, T* out) {
+  if (K <= 4 && D >= 2 * Vec<T>::lanes) {
+    const auto dots = K == 1   ? dots_along_rows<1, T>
+                      : K == 2 ? dots_along_rows<2, T>
+                      : K == 3 ? dots_along_rows<3, T>
+                               : dots_along_rows<4, T>;
+    dots(rows, row_count, D, matrix, stride, out);
+    return;
+  }
   constexpr int width = 2 * Vec<T>::lanes;
   for (int64_t row = 0; row < kTileRows<T>; row += width)
     dots_block(rows + row * D, std::clamp<int64_t>(row_count - row, 0, width), D, panels, K,
@@ -205,14 +243,14 @@ void tile_update(const T* in, T* out, int64_t row_count, int64_t D, const T* coe
   }
 }
 
-template <int Vectors, class T>
+template <int Steps, int Vectors, class T>
 FASTFLOW_HD void accumulate_block(T* sums, int64_t sum_stride, const T* coefficients,
                                   int64_t coefficient_stride, const T* rows, int64_t stride,
                                   int64_t row_count, int64_t n) {
   constexpr int lanes = Vec<T>::lanes;
-  Vec<T> sum[kBlock][Vectors];
+  Vec<T> sum[Steps][Vectors];
 #pragma GCC unroll 8
-  for (int i = 0; i < kBlock; ++i)
+  for (int i = 0; i < Steps; ++i)
 #pragma GCC unroll 2
     for (int v = 0; v < Vectors; ++v) sum[i][v] = Vec<T>(T(0));
   const auto add = [&](auto load) {
@@ -221,7 +259,7 @@ FASTFLOW_HD void accumulate_block(T* sums, int64_t sum_stride, const T* coeffici
 #pragma GCC unroll 2
       for (int v = 0; v < Vectors; ++v) x[v] = load(rows + r * stride + v * lanes, v);
 #pragma GCC unroll 8
-      for (int i = 0; i < kBlock; ++i) {
+      for (int i = 0; i < Steps; ++i) {
         const Vec<T> c(coefficients[i * coefficient_stride + r]);
 #pragma GCC unroll 2
         for (int v = 0; v < Vectors; ++v) sum[i][v] += c * x[v];
@@ -233,24 +271,36 @@ FASTFLOW_HD void accumulate_block(T* sums, int64_t sum_stride, const T* coeffici
   else
     add([n](const T* p, int v) { return load_up_to(p, n - v * lanes); });
 #pragma GCC unroll 8
-  for (int i = 0; i < kBlock; ++i)
+  for (int i = 0; i < Steps; ++i)
 #pragma GCC unroll 2
     for (int v = 0; v < Vectors; ++v) add_to(sums + i * sum_stride + v * lanes, sum[i][v]);
 }
 
-// sums_i += sum over rows of coefficients[i, row] rows[row, :] for kBlock steps i; the rows of
-// `sums` are padded to whole vectors.
-template <class T>
-void accumulate(T* sums, int64_t sum_stride, const T* coefficients, int64_t coefficient_stride,
-                const T* rows, int64_t stride, int64_t row_count, int64_t D) {
+template <int Steps, class T>
+void accumulate_steps(T* sums, int64_t sum_stride, const T* coefficients,
+                      int64_t coefficient_stride, const T* rows, int64_t stride, int64_t row_count,
+                      int64_t D) {
   constexpr int lanes = Vec<T>::lanes;
   int64_t d = 0;
   for (; D - d > lanes; d += 2 * lanes)
-    accumulate_block<2>(sums + d, sum_stride, coefficients, coefficient_stride, rows + d, stride,
-                        row_count, D - d);
+    accumulate_block<Steps, 2>(sums + d, sum_stride, coefficients, coefficient_stride, rows + d,
+                               stride, row_count, D - d);
   if (d < D)
-    accumulate_block<1>(sums + d, sum_stride, coefficients, coefficient_stride, rows + d, stride,
-                        row_count, D - d);
+    accumulate_block<Steps, 1>(sums + d, sum_stride, coefficients, coefficient_stride, rows + d,
+                               stride, row_count, D - d);
+}
+
+// sums_i += sum over rows of coefficients[i, row] rows[row, :] for the first kBlock of `steps`
+// steps i; the rows of `sums` are padded to whole vectors. Where there are fewer than kBlock steps,
+// what lies at the places of some of the others changes too.
+template <class T>
+void accumulate(T* sums, int64_t sum_stride, const T* coefficients, int64_t coefficient_stride,
+                const T* rows, int64_t stride, int64_t row_count, int64_t D, int64_t steps) {
+  const auto run = steps == 1   ? accumulate_steps<1, T>
+                   : steps == 2 ? accumulate_steps<2, T>
+                   : steps <= 4 ? accumulate_steps<4, T>
+                                : accumulate_steps<kBlock, T>;
+  run(sums, sum_stride, coefficients, coefficient_stride, rows, stride, row_count, D);
 }
 
 // block[4 i + j] = x_i . y_j for 4 rows of x and of y, over n elements and the zeros up to a whole

@@ -74,7 +74,7 @@ void forward_tile(const PlanarFlowArgs& args, const PlanarChain<T>& chain, int64
   T* a = scratch.template take<T>(chain.padded_steps * width);
 
   const T* in = static_cast<const T*>(args.in) + row * D;
-  tile_dots(in, rows, D, chain.panels, K, r);
+  tile_dots(in, rows, D, chain.w, chain.stride, chain.panels, K, r);
   T ladj[width];
   if (args.inverse)
     recur<true>(chain, static_cast<const T*>(args.b), r, t, a, ladj);
@@ -156,7 +156,7 @@ void backward_tile(const PlanarFlowArgs& args, const PlanarChain<T>& chain, int6
 
   const T* g = static_cast<const T*>(args.d_out) + row * D;
   const int64_t blocked_steps = round_up(K, kBlock);
-  tile_dots(g, rows, D, chain.panels, K, h);
+  tile_dots(g, rows, D, chain.u_hat, chain.stride, chain.panels, K, h);
   transpose_in(static_cast<const T*>(args.a) + row * K, K, rows, K, a, width);
   T g_ladj[width] = {};
   for (int64_t r = 0; r < rows; ++r) {
@@ -175,8 +175,9 @@ void backward_tile(const PlanarFlowArgs& args, const PlanarChain<T>& chain, int6
   const T* in = static_cast<const T*>(args.in) + row * D;
   for (int64_t i = 0; i < K; i += kBlock) {
     accumulate(sums.gamma_in + i * chain.stride, chain.stride, gamma + i * width, width, in, D,
-               rows, D);
-    accumulate(sums.t_g + i * chain.stride, chain.stride, t + i * width, width, g, D, rows, D);
+               rows, D, K - i);
+    accumulate(sums.t_g + i * chain.stride, chain.stride, t + i * width, width, g, D, rows, D,
+               K - i);
   }
   for (int64_t i = 0; i < K; i += 4)
     for (int64_t j = 0; j <= i; j += 4) {
@@ -205,9 +206,9 @@ void finish(const PlanarFlowArgs& args, const PlanarChain<T>& chain, const Sums<
     for (int64_t i0 = begin * kBlock; i0 < std::min(end * kBlock, K); i0 += kBlock) {
       const int64_t i1 = std::min<int64_t>(i0 + kBlock, K);
       accumulate(sums.gamma_in + i0 * stride, stride, lower + i0 * padded, padded, chain.u_hat,
-                 stride, i1, D);
+                 stride, i1, D, K - i0);
       accumulate(sums.t_g + i0 * stride, stride, upper + i0 * padded + i0, padded,
-                 chain.w + i0 * stride, stride, K - i0, D);
+                 chain.w + i0 * stride, stride, K - i0, D, K - i0);
       for (int64_t i = i0; i < i1; ++i) {
         const int64_t k = chain.source(i);
         const T* u = static_cast<const T*>(args.u) + k * D;
