@@ -1,12 +1,14 @@
 """Compiles csrc/ into the shared libraries of fastflow, and is the build backend that pip calls.
 
-The libraries use the stable ABI of torch 2.11 and no Python API: one build serves every later
-torch and every Python. FASTFLOW_BUILD chooses what is built:
+The libraries of kernels use the stable ABI of torch 2.11 and no Python API: one build serves every
+later torch and every Python. The autograd node (csrc/autograd) serves only the torch and the Python
+that it is built with, named in its file name; the package works without. FASTFLOW_BUILD chooses:
 
     auto (default)  what the tools at hand can build; what is missing is said in one line and
                     recorded in fastflow/_build.json, where `python -m fastflow` finds it
     none            nothing
-    cpu, cuda       the CPU libraries, or these and the CUDA library, or an error
+    cpu, cuda       the CPU libraries, or these and the CUDA library, or an error; and the node,
+                    an error if its compilation fails
 
 CXX, CXXFLAGS, CUDACXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS are honoured.
 """
@@ -14,29 +16,48 @@ CXX, CXXFLAGS, CUDACXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS are honoure
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import platform
 import re
-import runpy
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+import sysconfig
+import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403  (a build backend: the hooks pip calls)
+
+from build_tools import (
+    CannotBuild,
+    CompilerFailed,
+    Torch,
+    architecture_flags,
+    find_cudart,
+    find_cxx,
+    find_nvcc,
+    find_python_headers,
+    find_torch,
+    first_error,
+    toolkit,
+    version_of,
+)
 
 # Commands run in ROOT with relative paths, so that object files serve wherever the tree is.
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 WORK = ROOT / "build" / "native"
 OLDEST_TORCH = (2, 11)
+# The parts of a build: for which FASTFLOW_BUILD they must succeed, and what their absence costs.
+PARTS = {
+    "cpu": (("cpu", "cuda"), "CPU tensors take the slower reference"),
+    "cuda": (("cuda",), "GPUs take Triton"),
+    "node": (("cpu", "cuda"), "small calls take longer"),
+}
 X86_FLAGS = {
     "default": [],
     "avx2": ["-mavx2", "-mfma"],
@@ -50,41 +71,11 @@ CXX_FLAGS = [
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
 ]
+NODE_FLAGS = [
+    *("-O2", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-DNDEBUG"),
+    "-D_GLIBCXX_USE_CXX11_ABI=1",  # as torch itself is compiled since 2.7
+]
 NVCC_FLAGS = ["-O3", "-std=c++20", "-DNDEBUG", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-CUDA_ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
-
-
-class CannotBuild(Exception):
-    """Why a library cannot be built here, and what that costs, in one line."""
-
-
-@dataclass(frozen=True)
-class Torch:
-    """An installed torch, known without importing it."""
-
-    root: Path
-    version: str
-    cuda: str | None
-
-
-def find_torch() -> Torch | None:
-    """The torch to build against: the build environment's, else the one of the target environment.
-
-    pip isolates a build through PYTHONPATH and PYTHONNOUSERSITE; the same interpreter told to
-    ignore them (-E) sees what the environment that is being installed into sees.
-    """
-    spec = importlib.util.find_spec("torch")
-    origin = spec.origin if spec else None
-    if not origin:
-        look = "import importlib.util as u; s = u.find_spec('torch'); print(s and s.origin or '')"
-        command = [sys.executable, "-E", "-c", look]
-        run = subprocess.run(command, capture_output=True, text=True, cwd=sys.prefix)
-        origin = run.stdout.strip()
-    if not origin:
-        return None
-    root = Path(origin).resolve().parent
-    facts = runpy.run_path(str(root / "version.py"))
-    return Torch(root, str(facts["__version__"]), facts.get("cuda"))
 
 
 def _torch_requirement() -> list[str]:
@@ -103,92 +94,6 @@ def get_requires_for_build_wheel(config_settings: dict | None = None) -> list[st
 
 def get_requires_for_build_editable(config_settings: dict | None = None) -> list[str]:
     return build_meta.get_requires_for_build_editable(config_settings) + _torch_requirement()
-
-
-# ---------------------------------------------------------------- tools
-
-
-def find_cxx() -> list[str]:
-    """The C++ compiler, as the start of a command line."""
-    if platform.system() != "Linux":
-        raise CannotBuild(f"native code is built on Linux only, this is {platform.system()}")
-    command = shlex.split(os.environ.get("CXX", ""))
-    candidates = command[:1] or ["c++", "g++", "clang++"]
-    for candidate in candidates:
-        if path := shutil.which(candidate):
-            return [path, *command[1:]]
-    raise CannotBuild(f"no C++ compiler ({', '.join(candidates)})")
-
-
-def find_nvcc(torch: Torch) -> str:
-    """nvcc, from the environment's variables, PATH, NVIDIA's pip packages or the usual folder."""
-    candidates = [os.environ.get("CUDACXX"), shutil.which("nvcc")]
-    if home := os.environ.get("CUDA_HOME"):
-        candidates.insert(0, f"{home}/bin/nvcc")
-    candidates += sorted(map(str, torch.root.parent.glob("nvidia/cu*/bin/nvcc")))
-    candidates.append("/usr/local/cuda/bin/nvcc")
-    for candidate in candidates:
-        if candidate and (path := shutil.which(candidate)):
-            return path
-    raise CannotBuild("no nvcc (on PATH, in CUDA_HOME or /usr/local/cuda)")
-
-
-def toolkit(nvcc: str) -> tuple[int, list[str]]:
-    """The major version of nvcc's CUDA and its include folders; nvcc may be a wrapper elsewhere."""
-    version = _output([nvcc, "--version"])
-    release = re.search(r"release (\d+)\.", version)
-    includes = re.findall(r'"-I([^"]+)"', _output([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull]))
-    if not release or not includes:
-        raise CannotBuild(f"{nvcc} does not work: {_first_error(version)}")
-    return int(release[1]), includes
-
-
-def find_cudart(includes: Iterable[str], torch: Torch, major: int) -> str:
-    """The shared CUDA runtime to link: the toolkit's own, else that of NVIDIA's pip packages."""
-    folders = [Path(i).parent / lib for i in includes for lib in ("lib64", "lib")]
-    folders += [
-        torch.root.parent / "nvidia" / f"cu{major}" / "lib",
-        torch.root.parent / "nvidia" / "cuda_runtime" / "lib",
-    ]
-    for folder in folders:
-        for name in (f"libcudart.so.{major}", "libcudart.so"):
-            if (folder / name).exists():
-                return str(folder / name)
-    raise CannotBuild(f"no libcudart.so.{major} beside nvcc")
-
-
-def architecture_flags(nvcc: str) -> list[str]:
-    """-gencode options: TORCH_CUDA_ARCH_LIST, or what nvcc knows of the defaults and PTX."""
-    wanted = re.split(r"[ ;,]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip())
-    flags = []
-    if wanted != [""]:
-        for entry in wanted:
-            match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", entry)
-            if not match:
-                raise CannotBuild(
-                    f"TORCH_CUDA_ARCH_LIST has {entry!r}, expected such as 9.0 or 9.0+PTX"
-                )
-            arch = match[1] + match[2]
-            flags.append(f"-gencode=arch=compute_{arch},code=sm_{arch}")
-            if match[3]:
-                flags.append(f"-gencode=arch=compute_{arch},code=compute_{arch}")
-        return flags
-    known = _output([nvcc, "--list-gpu-code"]).split()
-    chosen = [arch for arch in CUDA_ARCHITECTURES if f"sm_{arch}" in known]
-    if not chosen:
-        raise CannotBuild(f"{nvcc} knows none of sm_{', sm_'.join(CUDA_ARCHITECTURES)}")
-    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in chosen]
-    return [*flags, f"-gencode=arch=compute_{chosen[-1]},code=compute_{chosen[-1]}"]
-
-
-def _output(command: list[str]) -> str:
-    run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return run.stdout
-
-
-def _first_error(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "")
 
 
 # ---------------------------------------------------------------- compiling
@@ -210,8 +115,9 @@ def _sources_of(file: Path, seen: dict[Path, bytes]) -> dict[Path, bytes]:
 def _make(command: list[str], inputs: list[bytes], stem: str, suffix: str) -> Path:
     """Run `command -o file` unless a file with this command and these inputs is there already.
 
-    The file's name is a digest of both and it appears by renaming: a build that is killed, or
-    runs twice at once, leaves nothing half-written behind.
+    The inputs are all that the file depends on: sources, versions of tools. The file's name is a
+    digest of both and it appears by renaming: a build that is killed, or runs twice at once, leaves
+    nothing half-written behind.
     """
     digest = hashlib.sha256("\0".join(command).encode())
     for content in inputs:
@@ -220,20 +126,21 @@ def _make(command: list[str], inputs: list[bytes], stem: str, suffix: str) -> Pa
     if not made.exists():
         WORK.mkdir(parents=True, exist_ok=True)
         partial = made.with_name(f"{made.stem}.{os.getpid()}{suffix}")
-        run = subprocess.run(
-            [*command, "-o", _relative(partial)],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-        )
+        with _slots:
+            run = subprocess.run(
+                [*command, "-o", _relative(partial)],
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+            )
         if run.returncode:
             partial.unlink(missing_ok=True)
             print(shlex.join(command), run.stdout, sep="\n", file=sys.stderr)
             tool = Path(command[0]).name
-            error = _first_error(run.stdout) or f"exit status {run.returncode}"
-            raise CannotBuild(f"{tool} failed on {stem}: {error}")
+            error = first_error(run.stdout) or f"exit status {run.returncode}"
+            raise CompilerFailed(f"{tool} failed on {stem}: {error}")
         partial.rename(made)
     return made
 
@@ -242,12 +149,25 @@ def _relative(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-def _compile(jobs: list[tuple[list[str], Path]], flavour: str) -> list[Path]:
-    """Object files of (command, source file) pairs, compiled in parallel."""
+def _jobs() -> int:
+    return int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
+
+
+_slots = threading.BoundedSemaphore(_jobs())  # for all parts, which are built at the same time
+
+
+def _compile(jobs: list[tuple[list[str], Path]], flavour: str, tools: str) -> list[Path]:
+    """Object files of (command, source file) pairs, compiled in parallel.
+
+    Arguments:
+        jobs: the pairs.
+        flavour: tells the files of one library from those of others.
+        tools: versions of compilers, and of torch where its headers are included.
+    """
 
     def one(job: tuple[list[str], Path]) -> Path:
         command, source = job
-        inputs = list(_sources_of(source, {}).values())
+        inputs = [tools.encode(), *_sources_of(source, {}).values()]
         return _make([*command, "-c", _relative(source)], inputs, f"{flavour}-{source.name}", ".o")
 
     with ThreadPoolExecutor(_jobs()) as pool:
@@ -258,15 +178,15 @@ def _user_flags() -> list[str]:
     return shlex.split(os.environ.get("CXXFLAGS", ""))
 
 
-def _jobs() -> int:
-    return int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
+def _tools(cxx: list[str], torch: Torch) -> str:
+    return f"{version_of(*cxx)} torch {torch.version} {torch.commit}"
 
 
 def _link(cxx: list[str], objects: list[Path], extra: list[str], torch: Torch, name: str) -> Path:
     libraries = ["-L" + str(torch.root / "lib"), "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
     command = [*cxx, "-shared", "-fopenmp", *_user_flags(), *map(_relative, objects)]
     command += [*libraries, "-lc10", *extra]
-    return _make(command, [], name, ".so")
+    return _make(command, [_tools(cxx, torch).encode()], name, ".so")
 
 
 def build_cpu(torch: Torch) -> dict[str, Path]:
@@ -278,7 +198,8 @@ def build_cpu(torch: Torch) -> dict[str, Path]:
     common += ["-isystem", str(torch.root / "include")]
     libraries = {}
     for flavour, flags in flavours.items():
-        objects = _compile([([*common, *flags], source) for source in sorted(sources)], flavour)
+        jobs = [([*common, *flags], source) for source in sorted(sources)]
+        objects = _compile(jobs, flavour, _tools(cxx, torch))
         libraries[f"_cpu_{flavour}.so"] = _link(cxx, objects, [], torch, f"cpu_{flavour}")
     return libraries
 
@@ -304,10 +225,22 @@ def build_cuda(torch: Torch, insist: bool, record: dict) -> dict[str, Path]:
     device = [nvcc, *NVCC_FLAGS, *host, *codes, f"--threads={threads}", "-Icsrc"]
     jobs = [(device, source) for source in kernels]
     jobs += [(common, source) for source in sorted(CSRC.glob("*/*_bind.cpp"))]
-    objects = _compile(jobs, "cuda")
+    objects = _compile(jobs, "cuda", version_of(nvcc) + _tools(cxx, torch))
     library = _link(cxx, objects, [find_cudart(includes, torch, major)], torch, "cuda")
     record["cuda_code"] = [code.split(",code=")[1] for code in codes]
     return {"_cuda.so": library}
+
+
+def build_node(torch: Torch) -> dict[str, Path]:
+    """The autograd node by name, which is that of fastflow/autograd/node.py."""
+    cxx, python = find_cxx(), find_python_headers()
+    command = [*cxx, *NODE_FLAGS, *_user_flags(), "-Icsrc"]
+    command += ["-isystem", str(torch.root / "include"), "-isystem", python]
+    source = CSRC / "autograd" / "module.cpp"
+    objects = _compile([(command, source)], "node", sys.version + _tools(cxx, torch))
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    name = f"_autograd-{torch.version}-{torch.commit[:8]}{suffix}"
+    return {name: _link(cxx, objects, ["-ltorch_python"], torch, "node")}
 
 
 def build(destination: Path) -> None:
@@ -323,22 +256,26 @@ def build(destination: Path) -> None:
         )
     record: dict[str, str | list[str] | None] = {"torch": torch.version if torch else None}
     libraries: dict[str, Path] = {}
-    for part, wanted in (("cpu", ("cpu", "cuda")), ("cuda", ("cuda",))):
+    builders = {
+        "cpu": lambda: build_cpu(torch),
+        "cuda": lambda: build_cuda(torch, mode == "cuda", record),
+        "node": lambda: build_node(torch),
+    }
+    with ThreadPoolExecutor(len(PARTS)) as pool:
+        chosen = [part for part, (modes, _) in PARTS.items() if mode in ("auto", *modes)]
+        started = {part: pool.submit(builders[part]) for part in chosen}
+    for part, (modes, cost) in PARTS.items():
         record[part] = None
         try:
-            if mode != "auto" and mode not in wanted:
+            if part not in started:
                 raise CannotBuild(f"left out by FASTFLOW_BUILD={mode}")
-            assert torch is not None
-            if part == "cpu":
-                libraries |= build_cpu(torch)
-            else:
-                libraries |= build_cuda(torch, mode == "cuda", record)
+            libraries |= started[part].result()
         except CannotBuild as problem:
-            if mode in wanted:
+            if mode in modes and (part != "node" or isinstance(problem, CompilerFailed)):
                 raise SystemExit(f"fastflow: FASTFLOW_BUILD={mode}: {problem}") from problem
             record[part] = str(problem)
-            cost = {"cpu": "CPU tensors take the slower reference", "cuda": "GPUs take Triton"}
-            print(f"fastflow: no {part} library: {problem}; {cost[part]}", file=sys.stderr)
+            if part != "node" or record["cpu"] is None:  # without kernels it has nothing to call
+                print(f"fastflow: no {part} library: {problem}; {cost}", file=sys.stderr)
     _install(destination, libraries, record)
 
 
@@ -353,6 +290,7 @@ def _install(destination: Path, libraries: dict[str, Path], record: dict) -> Non
         shutil.copyfile(made, partial)
         partial.rename(destination / name)
     note.unlink()
-    for old in (*destination.glob("_cpu_*.so"), *destination.glob("_cuda.so")):
-        if old.name not in libraries:
-            old.unlink()
+    for pattern in ("_cpu_*.so", "_cuda.so", "_autograd-*.so"):
+        for old in destination.glob(pattern):
+            if old.name not in libraries:
+                old.unlink()

@@ -1,46 +1,49 @@
 // The schemas of all ops. Each is a pure function of contiguous tensors of one device and dtype;
-// what the arguments mean is written in fastflow/reference.
+// what the arguments mean is written in fastflow/reference. The names tie a backward op to its
+// forward op (autograd/signature.h).
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(fastflow, m) {
   m.def(
       "planar_flow_forward(Tensor z, Tensor w, Tensor u, Tensor b, bool centred) "
-      "-> (Tensor, Tensor, Tensor)");
+      "-> (Tensor z_K, Tensor ladj, Tensor a)");
   m.def(
       "planar_flow_backward(Tensor dz_K, Tensor dladj, Tensor z, Tensor z_K, Tensor w, Tensor u, "
-      "Tensor a, bool centred, bool param_grads) -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor a, bool centred, bool param_grads) -> (Tensor dz, Tensor dw, Tensor du, Tensor db)");
   m.def(
       "planar_flow_inverse(Tensor z_K, Tensor w, Tensor u, Tensor b, bool centred) "
-      "-> (Tensor, Tensor, Tensor)");
+      "-> (Tensor z, Tensor ladj, Tensor a)");
   m.def(
       "planar_flow_inverse_backward(Tensor dz, Tensor dladj, Tensor z_K, Tensor z, Tensor w, "
-      "Tensor u, Tensor a, bool centred, bool param_grads) -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor u, Tensor a, bool centred, bool param_grads) "
+      "-> (Tensor dz_K, Tensor dw, Tensor du, Tensor db)");
 
   // saved is what the backward of the same backend needs, empty if save is false; lists have an
   // entry per layer, of shape (0,) where there is nothing.
   m.def(
       "made_forward(Tensor x, Tensor[] terms, Tensor[] weights, Tensor[] biases, Tensor stairs, "
-      "int activation, bool residual, bool save) -> (Tensor, Tensor)");
+      "int activation, bool residual, bool save) -> (Tensor y, Tensor saved)");
   m.def(
       "made_backward(Tensor dy, Tensor x, Tensor saved, Tensor[] weights, Tensor stairs, "
       "int activation, bool residual, int term_layers, int bias_layers, bool x_grad, "
-      "bool param_grads) -> (Tensor, Tensor[], Tensor[], Tensor[])");
+      "bool param_grads) "
+      "-> (Tensor dx, Tensor[] dterms, Tensor[] dweights, Tensor[] dbiases)");
   m.def(
       "autoregressive_forward(Tensor x, Tensor[] terms, Tensor[] weights, Tensor[] biases, "
       "Tensor stairs, int activation, bool residual, int scale, float c0, float c1, bool save) "
-      "-> (Tensor, Tensor, Tensor)");
+      "-> (Tensor y, Tensor ladj, Tensor saved)");
   m.def(
       "autoregressive_backward(Tensor dy, Tensor dladj, Tensor x, Tensor saved, Tensor[] weights, "
       "Tensor stairs, int activation, bool residual, int scale, float c0, float c1, "
       "int term_layers, int bias_layers, bool x_grad, bool param_grads) "
-      "-> (Tensor, Tensor[], Tensor[], Tensor[])");
+      "-> (Tensor dx, Tensor[] dterms, Tensor[] dweights, Tensor[] dbiases)");
   m.def(
       "autoregressive_inverse(Tensor y, Tensor[] terms, Tensor[] weights, Tensor[] biases, "
       "Tensor stairs, int activation, bool residual, int scale, float c0, float c1, bool save) "
-      "-> (Tensor, Tensor, Tensor)");
+      "-> (Tensor x, Tensor ladj, Tensor saved)");
   m.def(
       "autoregressive_inverse_backward(Tensor dx, Tensor dladj, Tensor x, Tensor saved, "
       "Tensor[] weights, Tensor stairs, int activation, bool residual, int scale, float c0, "
       "float c1, int term_layers, int bias_layers, bool x_grad, bool param_grads) "
-      "-> (Tensor, Tensor[], Tensor[], Tensor[])");
+      "-> (Tensor dy, Tensor[] dterms, Tensor[] dweights, Tensor[] dbiases)");
 }

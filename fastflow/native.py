@@ -70,7 +70,7 @@ def _open(name: str, file: Path) -> str | None:
     return None
 
 
-def _not_built(part: str) -> str:
+def not_built(part: str) -> str:
     noted = build_record().get(part) or "no library in the package; run `pip install -e .`"
     return f"not built: {noted}"
 
@@ -78,7 +78,7 @@ def _not_built(part: str) -> str:
 def _load() -> None:
     flavours = CPU_LIBRARIES.get(torch.backends.cpu.get_cpu_capability(), ("default",))
     files = [file for flavour in flavours if (file := FOLDER / f"_cpu_{flavour}.so").exists()]
-    reason: str | None = _not_built("cpu")
+    reason: str | None = not_built("cpu")
     for file in files:
         reason = _open("cpp", file)
         if reason is None:
@@ -90,7 +90,7 @@ def _load() -> None:
     if torch.version.cuda is None:
         reason = f"torch {torch.__version__} has no CUDA"
     elif not file.exists():
-        reason = _not_built("cuda")
+        reason = not_built("cuda")
     elif "cpp" not in libraries:
         reason = "it needs the CPU library, which declares the ops"
     else:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = (
-    *("setup.py", "build_native.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"),
-    *("fastflow", "kernels", "csrc"),
+    *("setup.py", "build_native.py", "build_tools.py", "pyproject.toml", "MANIFEST.in"),
+    *("README.md", "LICENSE", "fastflow", "kernels", "csrc"),
 )
 
 

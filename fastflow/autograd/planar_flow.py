@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from fastflow import backends
+from fastflow.autograd import node
 from fastflow.reference import planar_flow as reference
 from fastflow.transforms import batched, forward_mode_active, functorch_active
 
@@ -34,34 +37,62 @@ class PlanarFlow(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, d_out: Tensor, dladj: Tensor) -> tuple[Tensor | None, ...]:
         z, out, w, u, b, a = ctx.saved_tensors
-        backend = ctx.backend
-        if not torch.compiler.is_compiling():
-            if torch.is_grad_enabled():
-                inputs = (z, w, u, b)
-                return (*differentiable_vjp(ctx, inputs, (d_out, dladj)), None, None)
-            if functorch_active() or batched(d_out):
-                backend = "reference"  # plain PyTorch operations, which vmap knows
-        param_grads = any(ctx.needs_input_grad[1:4])
-        grads = backends.call(
-            BACKWARD[ctx.inverse],
-            *(d_out.contiguous(), dladj.contiguous(), z, out, w, u, a, ctx.centred, param_grads),
-            name=backend,
+        grads = gradients(
+            *((z, w, u, b, ctx.centred), (out, None, a), (d_out, dladj), ctx.needs_input_grad[:4]),
+            *(ctx.inverse, ctx.backend),
         )
-        if param_grads:
-            return (*grads, None, None)
-        return grads[0], None, None, None, None, None
+        return (*grads, None, None)
+
+
+def gradients(
+    arguments: tuple[Tensor | bool, ...],
+    outputs: tuple[Tensor | None, ...],
+    cotangents: tuple[Tensor, Tensor],
+    wanted: tuple[bool, ...],
+    inverse: bool,
+    backend: str | None,
+) -> list[Tensor | None] | tuple[Tensor | None, ...]:
+    """The gradients of z, w, u and b, None where none is wanted."""
+    *inputs, centred = arguments
+    if not torch.compiler.is_compiling():
+        if torch.is_grad_enabled():
+            return differentiable_vjp(inputs, cotangents, wanted, centred, inverse)
+        if functorch_active() or any(map(batched, cotangents)):
+            backend = "reference"  # plain PyTorch operations, which vmap knows
+    z, w, u, _ = inputs
+    out, _, a = outputs
+    d_out, dladj = cotangents
+    param_grads = any(wanted[1:])
+    grads = backends.call(
+        BACKWARD[inverse],
+        *(d_out.contiguous(), dladj.contiguous(), z, out, w, u, a, centred, param_grads),
+        name=backend,
+    )
+    return grads if param_grads else (grads[0], None, None, None)
 
 
 def differentiable_vjp(
-    ctx: FunctionCtx, inputs: tuple[Tensor, ...], cotangents: tuple[Tensor, Tensor]
+    inputs: list[Tensor],
+    cotangents: tuple[Tensor, Tensor],
+    wanted: tuple[bool, ...],
+    centred: bool,
+    inverse: bool,
 ) -> list[Tensor | None]:
     """The backward pass as a graph of its own, for derivatives of derivatives."""
     # aliases: a parameter computed from z must not bring its own gradient to that of z
     inputs = [tensor.view_as(tensor) for tensor in inputs]
-    wanted = [tensor for tensor, needed in zip(inputs, ctx.needs_input_grad) if needed]
-    out, ladj, _ = reference.run_chain(*inputs, ctx.centred, ctx.inverse)
-    grads = iter(torch.autograd.grad((out, ladj), wanted, cotangents, create_graph=True))
-    return [next(grads) if needed else None for needed in ctx.needs_input_grad[:4]]
+    leaves = [tensor for tensor, needed in zip(inputs, wanted) if needed]
+    out, ladj, _ = reference.run_chain(*inputs, centred, inverse)
+    grads = iter(torch.autograd.grad((out, ladj), leaves, cotangents, create_graph=True))
+    return [next(grads) if needed else None for needed in wanted]
+
+
+for inverse in (False, True):
+    node.define(
+        *(FORWARD[inverse], BACKWARD[inverse], "BD KD KD K * | BD BKD BKD BK *"),
+        # the node calls kernels itself; what it leaves to Python is not for them
+        partial(gradients, inverse=inverse, backend="reference"),
+    )
 
 
 def planar_flow(

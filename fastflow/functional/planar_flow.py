@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from fastflow.autograd import node
+from fastflow.autograd.planar_flow import FORWARD
 from fastflow.autograd.planar_flow import planar_flow as apply_chain
 from fastflow.functional.checks import broadcast_batches, check_tensors
 
@@ -107,6 +109,9 @@ def _run(
     name: str, z: Tensor, w: Tensor, u: Tensor, b: Tensor, constraint: str, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     centred = check_constraint(name, constraint) == "centred"
+    results = node.run(FORWARD[inverse], z, w, u, b, centred)
+    if results is not None:
+        return results
     if _as_kernels_take_them(z, w, u, b):
         return apply_chain(z, w, u, b, centred, inverse)
 
