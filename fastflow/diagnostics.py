@@ -9,9 +9,13 @@ from typing import Any
 import torch
 
 from fastflow import backends, native
+from fastflow.autograd import node
 
 # What to do about a reason, by words that occur in it.
 REMEDIES = (
+    ("FASTFLOW_NODE", "unset it to have the node"),
+    ("another torch or Python", "install fastflow again in this environment"),
+    ("no Python.h", "install Python's headers (python3-dev), then install fastflow again"),
     ("FASTFLOW_BUILD", "install fastflow again without FASTFLOW_BUILD"),
     ("no C++ compiler", "install g++ 11 or later, then install fastflow again"),
     ("no nvcc", "install the CUDA toolkit of torch's CUDA version, then install fastflow again"),
@@ -31,7 +35,8 @@ def info() -> dict[str, Any]:
         there is none), `gpus` (names), `cpu` (the vector unit), `threads`, and `backends`: by name,
         `needed` (whether it is made for a device that torch sees here), `devices` that it serves
         here, `reason` (None if it works), `remedy` and `library` (the file it runs on, None if it
-        is not compiled).
+        is not compiled); and `node`, the autograd node in C++ that makes small calls of cpp and
+        cuda faster: `reason`, `remedy` and `library`.
 
     Example:
         >>> import fastflow
@@ -51,6 +56,11 @@ def info() -> dict[str, Any]:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "backends": {name: _backend(name, gpu) for name in backends.names()},
+        "node": {
+            "reason": node.reason,
+            "remedy": _remedy(node.reason),
+            "library": str(node.library) if node.library else None,
+        },
     }
 
 
@@ -68,17 +78,25 @@ def report() -> str:
         "backends",
     ]
     for name, backend in facts["backends"].items():
-        library = f"; {backend['library']}" if backend["library"] else ""
-        if backend["reason"] is None:
-            where = f"{' and '.join(backend['devices'])} tensors"
-            lines.append(f"  {name:<10} ready    {where}{library}")
-        else:
-            found = "missing  " if backend["needed"] else "no GPU   not needed here: "
-            lines.append(f"  {name:<10} {found}{backend['reason']}{library}")
-            if backend["remedy"]:
-                arrow = "->" if backend["needed"] else "-> for a GPU:"
-                lines.append(f"  {'':<10}          {arrow} {backend['remedy']}")
+        lines += _lines(name, backend, f"{' and '.join(backend['devices'])} tensors")
+    lines.append("autograd")
+    lines += _lines("node", facts["node"], "in C++")
     return "\n".join(lines)
+
+
+def _lines(name: str, part: dict[str, Any], what: str) -> list[str]:
+    library = f"; {part['library']}" if part["library"] else ""
+    if part["reason"] is None:
+        return [f"  {name:<10} ready    {what}{library}"]
+    needed = part.get("needed", True)
+    found = "missing  " if needed else "no GPU   not needed here: "
+    lines = [f"  {name:<10} {found}{part['reason']}{library}"]
+    arrow = "->" if needed else "-> for a GPU:"
+    return lines + [f"  {'':<10}          {arrow} {part['remedy']}"] * bool(part["remedy"])
+
+
+def _remedy(reason: str | None) -> str | None:
+    return next((what for words, what in REMEDIES if reason and words in reason), None)
 
 
 def _backend(name: str, gpu: bool) -> dict[str, Any]:
@@ -87,13 +105,12 @@ def _backend(name: str, gpu: bool) -> dict[str, Any]:
     reason = backends.status(name)
     if reason is None and not devices:
         reason = "torch sees no CUDA device"
-    remedy = next((what for words, what in REMEDIES if reason and words in reason), None)
     library = native.libraries.get(name)
     return {
         "needed": any(backends.serves(name, device) for device in seen),
         "devices": devices,
         "reason": reason,
-        "remedy": remedy,
+        "remedy": _remedy(reason),
         "library": str(library) if library else None,
     }
 

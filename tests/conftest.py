@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -14,16 +14,18 @@ if not torch.cuda.is_available():
 
 import fastflow
 from fastflow import backends
+from fastflow.autograd import node
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
 @dataclass(frozen=True)
 class Target:
-    """A backend and the device on which it runs."""
+    """A backend, the device on which it runs, and whether the autograd node in C++ may be used."""
 
     device: str
     backend: str
+    node: bool = False
 
     @property
     def slow(self) -> bool:
@@ -37,17 +39,20 @@ class Target:
 
 
 def targets(op: str) -> list[Target]:
-    """The backends that have an op, on every device here."""
-    return [Target(device, name) for device in DEVICES for name in backends.available(device, op)]
+    """The backends that have an op, on every device here, with and without the node."""
+    found = [Target(device, name) for device in DEVICES for name in backends.available(device, op)]
+    with_node = [replace(one, node=True) for one in found if one.backend in ("cpp", "cuda")]
+    return found + with_node * node.enabled
 
 
 def target_id(target: Target) -> str:
-    return f"{target.device}-{target.backend}"
+    return f"{target.device}-{target.backend}" + "-node" * target.node
 
 
 @pytest.fixture(params=targets("planar_flow_forward"), ids=target_id)
-def target(request: pytest.FixtureRequest) -> Iterator[Target]:
+def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Target]:
     """Runs the test once for every backend, with that backend in force."""
+    monkeypatch.setattr(node, "enabled", request.param.node)
     with fastflow.use_backend(request.param.backend):
         yield request.param
 

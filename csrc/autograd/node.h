@@ -137,6 +137,11 @@ class OpNode : public torch::autograd::Node {
                      : run(arguments, outputs, cotangents, wanted);
   }
 
+  void compiled_args(torch::autograd::CompiledNodeArgs&) const override {
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        false, name(), ": compiled autograd needs the node in Python; set FASTFLOW_NODE=0");
+  }
+
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
     for (auto& kept : arguments_) kept.release();

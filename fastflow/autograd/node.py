@@ -21,6 +21,7 @@ from torch.compiler import is_compiling
 
 from fastflow import backends, native
 
+DEVICES = ("cpu", "cuda")
 STEM = "_autograd"  # of the file, and the name of the module in it
 
 library: Path | None = None  # the file in use
@@ -54,9 +55,14 @@ def run(op: str, *args: object) -> tuple[Tensor, ...] | None:
     That is so under torch.compile, modes and transforms, with subclasses and forward-mode tangents,
     on backends that are no registered ops, and for arguments that need a check or a change.
     """
-    if not enabled or is_compiling() or not isinstance(args[0], Tensor):
+    first = args[0]
+    if (
+        not enabled
+        or is_compiling()
+        or not (isinstance(first, Tensor) and first.device.type in DEVICES)
+    ):
         return None
-    return _ops[op](*args) if backends.traceable(op, args[0]) else None
+    return _ops[op](*args) if backends.traceable(op, first) else None
 
 
 def file_name() -> str:
@@ -74,9 +80,9 @@ def _load() -> None:
     elif "cpp" not in native.libraries:
         reason = "it needs the CPU library, which declares the ops"
     elif not file.exists():
-        others = sorted(native.FOLDER.glob(f"{STEM}-*"))
-        reason = f"built for another torch or Python ({others[0].name})" if others else None
-        reason = reason or native.not_built("node")
+        others = [other.name for other in native.FOLDER.glob(f"{STEM}-*.so")]
+        reason = f"built for another torch or Python: {' '.join(others)}"
+        reason = reason if others else native.not_built("node")
     else:
         loader = ExtensionFileLoader(f"fastflow.{STEM}", str(file))
         spec = importlib.util.spec_from_loader(loader.name, loader)
