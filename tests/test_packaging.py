@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import runpy
 import shutil
 import signal
 import subprocess
@@ -25,17 +24,21 @@ if sys.platform != "linux":
 if shutil.which("c++") is None and shutil.which("g++") is None:
     pytest.skip("there is no C++ compiler here", allow_module_level=True)
 
-BUILD_NATIVE = runpy.run_path(str(ROOT / "build_native.py"))
+sys.path.insert(0, str(ROOT))
+import build_native
+import build_tools
+
 HERE = ("--no-build-isolation", "--no-deps")
 # Which library, whose kernels, and a number that a kernel computed: log|1 + w.u| at w.z + b = 0.
 USE = """
 import json, torch, fastflow, fastflow.kernels
 from fastflow import native
+from fastflow.autograd import node
 w, u = torch.ones(1, 2), torch.full((1, 2), 0.5)
 z, ladj = fastflow.functional.planar_flow(torch.zeros(3, 2), w, u, torch.zeros(1))
 print(json.dumps({"file": fastflow.__file__, "kernels": fastflow.kernels.__file__,
     "reason": native.probe("cpp"), "record": native.build_record(), "ladj": ladj.tolist(),
-    "torch": torch.__version__}))
+    "node": node.reason, "torch": torch.__version__}))
 """
 
 
@@ -62,7 +65,7 @@ def environment(tmp_path: Path) -> Environment:
 def test_editable_install_works_from_elsewhere(environment: Environment, tree: Path) -> None:
     environment.install(tree, *HERE, "-e", FASTFLOW_BUILD="cpu")
     told = use(environment)
-    assert told["reason"] is None
+    assert told["reason"] is None and told["node"] is None
     assert Path(told["file"]).parent == tree / "fastflow"
     assert Path(told["kernels"]).parent == tree / "kernels"
 
@@ -80,11 +83,13 @@ def test_wheel_holds_the_package_and_nothing_else(
         names = set(archive.namelist())
     assert {folder for folder in folders if not folder.endswith(".dist-info")} == {"fastflow"}
     assert {"fastflow/_cpu_default.so", "fastflow/_build.json"} <= names
+    (node,) = [name for name in names if "_autograd-" in name]
+    assert torch.__version__ in node and sysconfig.get_config_var("SOABI") in node
     assert not any(name.endswith("_cuda.so") for name in names)
 
     environment.install(wheel, "--no-deps")
     told = use(environment)
-    assert told["reason"] is None
+    assert told["reason"] is None and told["node"] is None
     assert Path(told["file"]).is_relative_to(environment.packages)
 
 
@@ -92,7 +97,7 @@ def test_isolated_build_uses_the_installed_torch(environment: Environment, tree:
     output = environment.install(tree, "-e", FASTFLOW_BUILD="cpu")
     assert not re.search(r"(Collecting|Downloading|Processing)\s.*\btorch[-=>]", output)
     told = use(environment)
-    assert told["reason"] is None
+    assert told["reason"] is None and told["node"] is None
     assert told["record"]["torch"] == told["torch"] == torch.__version__
 
 
@@ -118,7 +123,8 @@ def test_without_a_compiler_the_reason_is_recorded(
     output = environment.install(tree, *HERE, **variables)
     told = use(environment)
     assert reason in told["reason"] and "\n" not in told["reason"]
-    assert len([line for line in output.splitlines() if "no cpu library" in line]) == 1
+    lines = [line.split("fastflow: ")[1] for line in output.splitlines() if " library: " in line]
+    assert [line.split(" library: ")[0] for line in lines] == ["no cpu", "no cuda"]
     assert reason in environment.run("-m", "fastflow").stdout
 
 
@@ -197,6 +203,48 @@ print(time.perf_counter() - start)
     assert float(run.stdout) < 1.0
 
 
+def test_without_the_headers_of_python_only_the_node_is_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing() -> str:
+        raise build_tools.CannotBuild("no Python.h in /nowhere")
+
+    monkeypatch.setattr(build_native, "find_python_headers", missing)
+    monkeypatch.setattr(build_native, "build_cpu", lambda torch: {})
+    monkeypatch.setenv("FASTFLOW_BUILD", "cpu")
+    build_native.build(tmp_path)
+    assert (
+        "fastflow: no node library: no Python.h in /nowhere; small calls" in capsys.readouterr().err
+    )
+    assert json.loads((tmp_path / "_build.json").read_text())["node"] == "no Python.h in /nowhere"
+
+
+@pytest.mark.parametrize("changed", ["compiler", "torch", "source", "command", None])
+def test_what_is_built_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changed: str | None
+) -> None:
+    """A file is compiled again if the source, the command, the compiler or torch is another."""
+    monkeypatch.setattr(build_native, "ROOT", tmp_path)
+    monkeypatch.setattr(build_native, "CSRC", tmp_path)
+    monkeypatch.setattr(build_native, "WORK", tmp_path / "build")
+    compiler, source = tmp_path / "c++", tmp_path / "code.cpp"
+    built = []
+    for run in range(2):
+        now = lambda part: f"{part} {run if part == changed else 0}"  # noqa: B023, E731
+        compiler.write_text(f"#!/bin/sh\necho {now('compiler')}\nfor out; do :; done\n: > $out\n")
+        compiler.chmod(0o755)
+        source.write_text(now("source"))
+        build_tools.version_of.cache_clear()
+        torch = build_tools.Torch(tmp_path, now("torch"), "commit", None)
+        command, tools = (
+            [str(compiler), now("command")],
+            build_native._tools([str(compiler)], torch),
+        )
+        built += build_native._compile([(command, source)], "some", tools)
+    assert all(file.exists() for file in built)
+    assert (built[0] != built[1]) is (changed is not None)
+
+
 # ---------------------------------------------------------------- the choice of GPU code
 
 
@@ -222,11 +270,11 @@ def test_architectures(
     monkeypatch: pytest.MonkeyPatch, nvcc: str, wanted: str, codes: list[str]
 ) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wanted)
-    flags = BUILD_NATIVE["architecture_flags"](nvcc)
+    flags = build_tools.architecture_flags(nvcc)
     assert [flag.split(",code=")[1] for flag in flags] == codes
 
 
 def test_an_unknown_architecture_is_named(monkeypatch: pytest.MonkeyPatch, nvcc: str) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 Hopper")
-    with pytest.raises(BUILD_NATIVE["CannotBuild"], match="Hopper"):
-        BUILD_NATIVE["architecture_flags"](nvcc)
+    with pytest.raises(build_tools.CannotBuild, match="Hopper"):
+        build_tools.architecture_flags(nvcc)
