@@ -73,8 +73,12 @@ class Labelled(Tensor):
         lambda t: t[None],
         lambda t: t.to("meta"),
         lambda t: t.tolist(),
+        lambda t: t.to_sparse(),
+        lambda t: torch.nested.nested_tensor([t]),
+        lambda t: t.int(),
     ],
-    ids=["subclass", "dtypes", "half", "strides", "empty", "dimensions", "device", "list"],
+    ids=["subclass", "dtypes", "half", "strides", "empty", "dimensions", "device", "list"]
+    + ["sparse", "nested", "integers"],
 )
 def test_it_declines_what_is_not_plain(change: Callable, position: int) -> None:
     arguments = leaves()

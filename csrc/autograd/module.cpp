@@ -6,6 +6,7 @@
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <algorithm>
 #include <array>
 #include <optional>
 #include <sstream>
@@ -44,10 +45,15 @@ std::vector<Shapes> parse(const std::string& text, const Signature& signature) {
 
 bool fits(const Shapes& shapes, const Values& arguments) {
   std::array<int64_t, 256> sizes{};
+  std::optional<c10::ScalarType> dtype;
   for (size_t i = 0; i < shapes.size(); ++i) {
     if (shapes[i] == "*") continue;
     if (!arguments[i].isTensor()) return false;
-    const auto found = arguments[i].toTensor().sizes();
+    const Tensor& tensor = arguments[i].toTensor();
+    const auto found = tensor.sizes();
+    if (!dtype) dtype = tensor.scalar_type();
+    if (*dtype != at::kFloat && *dtype != at::kDouble) return false;
+    if (tensor.scalar_type() != *dtype || !tensor.is_contiguous()) return false;
     if (found.size() != shapes[i].size()) return false;
     for (size_t j = 0; j < found.size(); ++j) {
       int64_t& size = sizes[static_cast<unsigned char>(shapes[i][j])];
@@ -58,25 +64,18 @@ bool fits(const Shapes& shapes, const Values& arguments) {
   return true;
 }
 
-// Whether kernels take these arguments as they are: shapes, types, memory, one device.
+// Whether kernels take these arguments as they are: plain, of one device, and as `shapes` says.
 bool ready(const BoundOp& bound, const Values& arguments) {
-  const auto some = std::find_if(bound.shapes.begin(), bound.shapes.end(),
-                                 [&](const Shapes& shapes) { return fits(shapes, arguments); });
-  if (some == bound.shapes.end()) return false;
   std::optional<c10::Device> device;
-  std::optional<c10::ScalarType> dtype;
   bool all = true;
-  for (size_t i = 0; i < arguments.size(); ++i) {
-    const bool checked = (*some)[i] != "*";
-    each_tensor(arguments[i], [&](const Tensor& tensor) {
+  for (const IValue& argument : arguments)
+    each_tensor(argument, [&](const Tensor& tensor) {
       if (!device) device = tensor.device();
       all = all && plain(tensor) && tensor.device() == *device;
-      if (!checked) return;
-      if (!dtype) dtype = tensor.scalar_type();
-      all = all && tensor.scalar_type() == *dtype && tensor.is_contiguous();
     });
-  }
-  return all && (!dtype || *dtype == at::kFloat || *dtype == at::kDouble);
+  if (!all) return false;  // and do not ask a tensor for sizes that has none, such as a nested one
+  return std::any_of(bound.shapes.begin(), bound.shapes.end(),
+                     [&](const Shapes& shapes) { return fits(shapes, arguments); });
 }
 
 // ---------------------------------------------------------------- Python to C++ and back
@@ -209,7 +208,15 @@ PyMethodDef methods[] = {
     {"define", define, METH_VARARGS,
      "define(forward, backward, shapes, python_backward) -> callable, see module.cpp"},
     {nullptr, nullptr, 0, nullptr}};
-PyModuleDef module = {PyModuleDef_HEAD_INIT, "fastflow._autograd", nullptr, -1, methods};
+PyModuleDef module = {PyModuleDef_HEAD_INIT,
+                      "fastflow._autograd",
+                      nullptr,
+                      -1,
+                      methods,
+                      nullptr,
+                      nullptr,
+                      nullptr,
+                      nullptr};
 
 }  // namespace
 }  // namespace fastflow
