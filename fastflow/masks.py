@@ -14,6 +14,7 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -121,14 +122,84 @@ def parts(stairs: Tensor, widths: Sequence[int]) -> tuple[list[Tensor], list[Ten
     return [pieces[0], *pieces[1::2]], list(pieces[2::2])
 
 
-def masks(stairs: Tensor, widths: Sequence[int]) -> list[Tensor]:
-    """The masks that a staircase describes: bool (n_l, n_{l-1}) for every layer, True is seen."""
+def masks(stairs: Tensor | Sequence[Tensor], widths: Sequence[int]) -> list[Tensor]:
+    """The masks of all layers, bool (n_l, n_{l-1}), True is seen: those a staircase describes.
+
+    Masks that are no staircase are given as they are, as a list, and come back so.
+    """
+    if not isinstance(stairs, Tensor):
+        return list(stairs)
     orders, prefixes = parts(stairs, widths)
     found = []
     for below, order, prefix in zip(orders, orders[1:], prefixes):
         seen = _unsort(prefix, order)
         found.append(_unsort(torch.arange(len(below), device=below.device), below) < seen[:, None])
     return found
+
+
+def depth(adjacency: Tensor) -> int:
+    """How many passes make every feature known, when those whose features are known become so.
+
+    Arguments:
+        adjacency: bool (D, D), [i, j] says whether feature i depends on feature j.
+
+    Raises:
+        ValueError: it is no such matrix, or some features depend on each other in a circle.
+
+    Example:
+        >>> depth(torch.tensor([[False, False, False], [True, False, False], [True, False, False]]))
+        2
+    """
+    if adjacency.dtype != torch.bool or adjacency.dim() != 2 or len(set(adjacency.shape)) > 1:
+        raise ValueError(
+            f"adjacency has shape {tuple(adjacency.shape)} and type {adjacency.dtype}, must be a "
+            "square matrix of bool"
+        )
+    left = adjacency.cpu()
+    passes, unknown = 0, torch.ones(len(left), dtype=torch.bool, device="cpu")
+    while unknown.any():
+        ready = unknown & ~(left & unknown).any(1)
+        if not ready.any():
+            circle = unknown.nonzero().flatten().tolist()
+            raise ValueError(f"adjacency has a circle among the features {circle}")
+        unknown &= ~ready
+        passes += 1
+    return passes
+
+
+def adjacency_masks(
+    adjacency: Tensor, hidden: Sequence[int], params_per_feature: int, context: bool = False
+) -> list[Tensor]:
+    """Masks of a network in which features see those that a matrix names, and no other.
+
+    Every hidden unit stands for a set of features, one of the rows of the matrix in turn (or none,
+    where a context is to reach features that see nothing else). A unit or output sees the units
+    whose sets lie within its own.
+
+    Arguments:
+        adjacency: bool (D, D), see `depth`.
+        hidden: widths of the hidden layers.
+        params_per_feature: outputs for every feature.
+        context: whether some units must see the context alone.
+
+    Returns:
+        bool (n_l, n_{l-1}) for every layer.
+    """
+    own = adjacency.cpu()
+    rows = own.unique(dim=0)
+    rows = rows[rows.any(1)] if rows.any() else rows[:1]
+    if context:
+        rows = torch.cat([torch.zeros_like(rows[:1]), rows])
+    sets = [rows[torch.arange(width, device="cpu") % len(rows)] for width in hidden]
+    outputs = own.repeat_interleave(params_per_feature, 0)
+    if not sets:
+        return [outputs]
+
+    def within(below: Tensor, above: Tensor) -> Tensor:
+        return ~(below[None] & ~above[:, None]).any(-1)
+
+    inner = [within(below, above) for below, above in pairwise(sets)]
+    return [sets[0], *inner, within(sets[-1], outputs)]
 
 
 def _unsort(values: Tensor, order: Tensor) -> Tensor:

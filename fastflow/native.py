@@ -184,7 +184,10 @@ def _masked_gradients(
     rows = x.shape[0]
     return (
         torch.empty_like(x) if x_grad else none.clone(),
-        [x.new_empty(rows, w.shape[0]) if term_layers >> i & 1 else none.clone() for i, w in layers],
+        [
+            x.new_empty(rows, w.shape[0]) if term_layers >> i & 1 else none.clone()
+            for i, w in layers
+        ],
         [torch.empty_like(w) if param_grads else none.clone() for w in weights],
         [
             x.new_empty(w.shape[0]) if param_grads and bias_layers >> i & 1 else none.clone()

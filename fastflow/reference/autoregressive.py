@@ -32,7 +32,7 @@ def autoregressive_forward(
     terms: Sequence[Tensor],
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
-    stairs: Tensor,
+    stairs: Tensor | Sequence[Tensor],
     activation: int,
     residual: bool,
     scale: int,
@@ -83,7 +83,7 @@ def autoregressive_inverse(
     terms: Sequence[Tensor],
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
-    stairs: Tensor,
+    stairs: Tensor | Sequence[Tensor],
     activation: int,
     residual: bool,
     scale: int,
@@ -95,8 +95,11 @@ def autoregressive_inverse(
 
     Stage r computes the units that see r features, then outputs r, then x_r. Stages come in blocks:
     a product with everything known before the block starts the sums of the block's units, and its
-    stages add what the block itself brings.
+    stages add what the block itself brings. Masks that are no staircase are inverted by passes.
     """
+    if not isinstance(stairs, Tensor):
+        net = (terms, weights, biases, stairs, activation, residual)
+        return *_inverse_by_passes(y, net, (scale, c0, c1)), y.new_empty(0)
     net = _Sorted.of(y, weights, stairs)
     hidden, act = net.hidden, network.BY_NUMBER[activation].value
     y = y.index_select(-1, net.orders[0])
@@ -218,6 +221,20 @@ def autoregressive_inverse_backward(
     return dy, *lists
 
 
+def _inverse_by_passes(y: Tensor, net: tuple, scale: tuple) -> tuple[Tensor, Tensor]:
+    """The inverse by passes through the whole network, each of which settles some features more."""
+    terms, weights, biases, given, activation, residual = net
+    reach = torch.eye(y.shape[-1], device=y.device)
+    for mask in given:
+        reach = (mask.to(reach.dtype) @ reach).clamp(max=1)
+    x = torch.zeros_like(y)
+    for _ in range(masks.depth(reach[::2] > 0)):
+        outputs = network.forward(x, terms, weights, biases, given, activation, residual)[-1]
+        m, a = _by_feature(outputs, given, y.shape[-1])
+        x, l = scales.step_back(y, m, a, *scale)  # noqa: E741
+    return x, -l.sum(-1)
+
+
 class _Sorted(NamedTuple):
     """A network with every level in the order of its degrees, as the sweeps visit it."""
 
@@ -283,7 +300,9 @@ class _Sorted(NamedTuple):
         return values.index_select(-1, self.orders[level].argsort())
 
 
-def _by_feature(outputs: Tensor, stairs: Tensor, features: int) -> tuple[Tensor, Tensor]:
+def _by_feature(
+    outputs: Tensor, stairs: Tensor | Sequence[Tensor], features: int
+) -> tuple[Tensor, Tensor]:
     """The shifts and raw scales (B, D) of the features from the network's outputs (B, 2 D)."""
     rows = _output_rows(stairs, features)
     # not index_select: what torch.compile makes of its backward reads out of bounds on CPUs
@@ -297,7 +316,9 @@ def _to_outputs(dm: Tensor, da: Tensor, stairs: Tensor) -> Tensor:
     return torch.cat([dm, da], -1).index_select(-1, rows.argsort())
 
 
-def _output_rows(stairs: Tensor, features: int) -> Tensor:
+def _output_rows(stairs: Tensor | Sequence[Tensor], features: int) -> Tensor:
     """The rows (D, 2) of shift and raw scale in the last layer, for the features as they are."""
+    if not isinstance(stairs, Tensor):
+        return torch.arange(2 * features, device=stairs[0].device).view(features, 2)
     pairs = stairs[-4 * features : -2 * features].long().view(features, 2)
     return pairs[stairs[:features].long().argsort()]

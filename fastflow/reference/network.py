@@ -10,6 +10,8 @@ what a context adds:
 A residual network adds P_{l-2} to P_l for odd l >= 3, blocks h + W' act(W act(h) + b) + b', and
 its last hidden level feeds the outputs as it is, A_L = P_L. L is odd then.
 
+Masks that are no staircase are given as a list of bool tensors in its place.
+
 A missing bias or term is a tensor of shape (0,). Masked-out weights may hold anything: they are
 selected away, not multiplied by zero. All functions of the forward direction are differentiable
 and free of data-dependent control flow, so they also answer function transforms.
@@ -85,7 +87,7 @@ def forward(
     terms: Sequence[Tensor],
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
-    stairs: Tensor,
+    stairs: Tensor | Sequence[Tensor],
     activation: int,
     residual: bool,
 ) -> list[Tensor]:
