@@ -32,33 +32,40 @@ void scale_tile_backward(const AutoregressiveArgs& args, const T* outputs, const
   });
 }
 
-// dP of the level that `layer` reads, from dP of the level that it makes: W^T dP times the slope,
-// plus what skips two levels. Fills the level's activations A, too.
+// From dA in `d`, the cotangent dP = act'(P) dA plus what skips two levels, and A = act(P), for
+// some units of a tile.
+template <class T>
+void activate_units_backward(Activation activation, const T* p, const T* d_skipped, int64_t units,
+                             int64_t R, int64_t vectors, T* d, T* a) {
+  constexpr int lanes = Vec<T>::lanes;
+  with_activation(activation, [&](auto kind) {
+    for (int64_t j = 0; j < units; ++j)
+      for (int64_t r = j * R; r < j * R + vectors * lanes; r += lanes) {
+        const auto act = activate_with_slope<kind>(Vec<T>::load(p + r));
+        Vec<T> sum = Vec<T>::load(d + r) * act.slope;
+        if (d_skipped) sum += Vec<T>::load(d_skipped + r);
+        sum.store(d + r);
+        act.value.store(a + r);
+      }
+  });
+}
+
+// dP (in `d`) and A of the level that `layer` reads, from dP of the level that it makes.
 template <class T>
 void backward_level(const SortedLayer<T>& layer, Activation activation, bool linear, const T* d_out,
                     const T* p, const T* d_skipped, int64_t R, int64_t vectors, T* d, T* a) {
-  constexpr int lanes = Vec<T>::lanes;
   const auto before = [&](int64_t j0, int64_t units) { std::fill_n(d + j0 * R, units * R, T(0)); };
-  const auto read_by = [&](int64_t j) { return layer.read_by(j); };
-  if (linear) {
-    stair_product(
-        layer.transposed(), d_out, d, R, vectors, layer.columns, read_by, before,
-        [&](int64_t j0, int64_t units) { std::copy_n(p + j0 * R, units * R, a + j0 * R); });
-    return;
-  }
-  with_activation(activation, [&](auto kind) {
-    stair_product(layer.transposed(), d_out, d, R, vectors, layer.columns, read_by, before,
-                  [&](int64_t j0, int64_t units) {
-                    for (int64_t j = j0; j < j0 + units; ++j)
-                      for (int64_t r = j * R; r < j * R + vectors * lanes; r += lanes) {
-                        const auto act = activate_with_slope<kind>(Vec<T>::load(p + r));
-                        Vec<T> sum = Vec<T>::load(d + r) * act.slope;
-                        if (d_skipped) sum += Vec<T>::load(d_skipped + r);
-                        sum.store(d + r);
-                        act.value.store(a + r);
-                      }
-                  });
-  });
+  const auto after = [&](int64_t j0, int64_t units) {
+    const int64_t at = j0 * R;
+    if (linear)
+      std::copy_n(p + at, units * R, a + at);
+    else
+      activate_units_backward(activation, p + at, d_skipped ? d_skipped + at : nullptr, units, R,
+                              vectors, d + at, a + at);
+  };
+  stair_product(
+      layer.transposed(), d_out, d, R, vectors, layer.columns,
+      [&](int64_t j) { return layer.read_by(j); }, before, after);
 }
 
 // Fills the tile's cotangents dP_1 .. dP_{L+1} and activations A_0 .. A_L, and writes what has

@@ -8,6 +8,18 @@ namespace {
 template <class T>
 struct ForwardScratch;
 
+// a = act(p) for some units of a tile.
+template <class T>
+void activate_units(Activation activation, const T* p, int64_t units, int64_t R, int64_t vectors,
+                    T* a) {
+  constexpr int lanes = Vec<T>::lanes;
+  with_activation(activation, [&](auto kind) {
+    for (int64_t j = 0; j < units; ++j)
+      for (int64_t r = j * R; r < j * R + vectors * lanes; r += lanes)
+        activate<kind>(Vec<T>::load(p + r)).store(a + r);
+  });
+}
+
 // P = b + T [+ the level before the last] + W A, then A_next = act(P), block of units by block.
 template <class T>
 void forward_layer(const SortedLayer<T>& layer, Activation activation, const T* a, const T* skipped,
@@ -28,20 +40,12 @@ void forward_layer(const SortedLayer<T>& layer, Activation activation, const T* 
       }
     }
   };
-  const auto reads = [&](int64_t j) { return layer.reads(j); };
-  if (layer.linear) {
-    stair_product(layer.forward(), a, p, R, vectors, layer.rows, reads, before,
-                  [](int64_t, int64_t) {});
-    return;
-  }
-  with_activation(activation, [&](auto kind) {
-    stair_product(layer.forward(), a, p, R, vectors, layer.rows, reads, before,
-                  [&](int64_t j0, int64_t units) {
-                    for (int64_t j = j0; j < j0 + units; ++j)
-                      for (int64_t r = j * R; r < j * R + vectors * lanes; r += lanes)
-                        activate<kind>(Vec<T>::load(p + r)).store(a_next + r);
-                  });
-  });
+  const auto after = [&](int64_t j0, int64_t units) {
+    if (!layer.linear) activate_units(activation, p + j0 * R, units, R, vectors, a_next + j0 * R);
+  };
+  stair_product(
+      layer.forward(), a, p, R, vectors, layer.rows, [&](int64_t j) { return layer.reads(j); },
+      before, after);
 }
 
 // y in place of x (both sorted) and ladj, from the outputs of the network.
