@@ -8,6 +8,8 @@ namespace {
 template <class T>
 struct TileScratch;
 template <class T>
+struct ActivationScratch;
+template <class T>
 struct GroupScratch;
 
 // From dy (in `dx`, sorted) and dladj: the cotangents of the outputs, and what reaches x directly.
@@ -63,9 +65,11 @@ void backward_level(const SortedLayer<T>& layer, Activation activation, bool lin
       activate_units_backward(activation, p + at, d_skipped ? d_skipped + at : nullptr, units, R,
                               vectors, d + at, a + at);
   };
-  stair_product(
-      layer.transposed(), d_out, d, R, vectors, layer.columns,
-      [&](int64_t j) { return layer.read_by(j); }, before, after);
+  const auto read_by = [&](int64_t j) { return layer.read_by(j); };
+  if (layer.packed.data)
+    stair_product(layer.packed, d_out, d, R, vectors, layer.columns, read_by, before, after);
+  else
+    stair_product(layer.transposed(), d_out, d, R, vectors, layer.columns, read_by, before, after);
 }
 
 // Fills the tile's cotangents dP_1 .. dP_{L+1} and activations A_0 .. A_L, and writes what has
@@ -117,35 +121,37 @@ void backward_tile(const AutoregressiveArgs& args, const Network<T>& network,
     if (T* dterm = static_cast<T*>(args.layers[l].dterm))
       store_tile(d, R, layers[l].position, live, layers[l].rows, dterm + tile * R * layers[l].rows,
                  layers[l].rows);
-  clear_padding(cotangents, cotangent_units(network), R, live);
-  clear_padding(activations, activation_units(network), R, live);
 }
 
 template <class T>
 void backward(const AutoregressiveArgs& args) {
-  const Network<T> network(args);
   const TileShape shape(args);
-  const int64_t d_size = cotangent_units(network) * shape.rows;
-  const int64_t a_size = activation_units(network) * shape.rows;
-  // The rows of a group are summed together: few enough to stay in the cache, more or less.
-  constexpr int64_t group_rows = 1024;
-  const int64_t group_tiles = std::min(shape.count, group_rows / shape.rows);
+  const Network<T> network(args, args.batch >= 64);
+  const int64_t R = shape.rows, a_size = activation_units(network) * R;
+  const int64_t group_rows = TileGroup<T>::group_rows(network, shape);
+  const int64_t d_size = cotangent_units(network) * group_rows;
+  const int64_t panel_size = TileGroup<T>::panel_units(network) * group_rows;
   using S = Scratch<GroupScratch<T>>;
-  S scratch(S::template bytes<T>(group_tiles * d_size) +
-            S::template bytes<T>(group_tiles * a_size));
-  T* cotangents = scratch.template take<T>(group_tiles * d_size);
-  T* activations = scratch.template take<T>(group_tiles * a_size);
-  for (int64_t first = 0; first < shape.count; first += group_tiles) {
-    const int64_t tiles = std::min(group_tiles, shape.count - first);
-    parallel_tasks(tiles, network.cycles(tiles * shape.rows) > kThreadCycles, [&](int64_t i) {
-      backward_tile(args, network, shape, first + i, cotangents + i * d_size,
-                    activations + i * a_size);
-    });
-    if (!args.layers[0].dweight) continue;
-    const int64_t vectors =
-        (tiles - 1) * (shape.rows / Vec<T>::lanes) + shape.live_vectors<T>(first + tiles - 1);
-    outer_products(args, network,
-                   TileGroup<T>{cotangents, activations, shape.rows, vectors, first == 0});
+  S scratch(S::template bytes<T>(d_size) + S::template bytes<T>(panel_size));
+  TileGroup<T> group{network,
+                     R,
+                     group_rows,
+                     0,
+                     true,
+                     scratch.template take<T>(d_size),
+                     scratch.template take<T>(panel_size)};
+  for (int64_t row = 0; row < args.batch; row += group_rows) {
+    group.rows = std::min(group_rows, args.batch - row);
+    group.first = row == 0;
+    parallel_tasks(
+        (group.rows + R - 1) / R, network.cycles(group.rows) > kThreadCycles, [&](int64_t i) {
+          using A = Scratch<ActivationScratch<T>>;
+          A memory(A::template bytes<T>(a_size));
+          T* activations = memory.template take<T>(a_size);
+          backward_tile(args, network, shape, row / R + i, group.cotangents(i), activations);
+          if (args.layers[0].dweight) group.set_activations(i, activations);
+        });
+    if (args.layers[0].dweight) outer_products(args, group);
   }
 }
 

@@ -6,7 +6,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <initializer_list>
-#include <string>
 #include <tuple>
 #include <vector>
 
@@ -23,16 +22,18 @@ using Gradients = std::tuple<Tensor, Tensors, Tensors, Tensors>;
 
 // The ops are raw: fastflow.functional has prepared their arguments. These checks keep a wrong call
 // from touching memory that is not there.
-void check(bool good, const std::string& what) { STD_TORCH_CHECK(good, "autoregressive: ", what); }
+void check(bool good, const char* name, const char* what = "") {
+  STD_TORCH_CHECK(good, "autoregressive: ", name, what);
+}
 
-void check_like(const Tensor& tensor, const std::string& name, const Tensor& first, Shape shape) {
-  check(tensor.scalar_type() == first.scalar_type(),
-        name + " must have the dtype of the first argument");
-  check(tensor.is_cpu() && tensor.is_contiguous(), name + " must be contiguous and on the CPU");
+void check_like(const Tensor& tensor, const char* name, const Tensor& first, Shape shape) {
+  check(tensor.scalar_type() == first.scalar_type(), name,
+        " must have the dtype of the first argument");
+  check(tensor.is_cpu() && tensor.is_contiguous(), name, " must be contiguous and on the CPU");
   const auto sizes = tensor.sizes();
   bool same = sizes.size() == shape.size();
   for (size_t i = 0; same && i < sizes.size(); ++i) same = sizes[i] == shape.begin()[i];
-  check(same, name + " has the wrong shape");
+  check(same, name, " has the wrong shape");
 }
 
 Tensor empty(Shape shape, const Tensor& like) {

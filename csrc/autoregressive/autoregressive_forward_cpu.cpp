@@ -30,6 +30,7 @@ void forward_layer(const SortedLayer<T>& layer, Activation activation, const T* 
     load_tile(layer.term + tile * R * layer.rows, layer.rows, shape.live_rows(tile), layer.rows,
               layer.position, p, R);
   const auto before = [&](int64_t j0, int64_t units) {
+    prefetch(p + (j0 + units) * R, std::min<int64_t>(kUnits, layer.rows - j0 - units) * R);
     for (int64_t j = j0; j < j0 + units; ++j) {
       const Vec<T> bias(layer.bias ? layer.bias[j] : T(0));
       for (int64_t r = j * R; r < j * R + vectors * lanes; r += lanes) {

@@ -23,12 +23,14 @@ struct SortedLayer {
   const int32_t* prefix;    // (rows): unit k reads columns 0 .. prefix[k] - 1
   const int32_t* start;     // (columns): column j is read by rows start[j] .. rows - 1
   bool identity;            // order is 0, 1, ..., rows - 1
+  bool columns_in_order;    // likewise of level l
   bool skip;                // the level before the last is added to it (residual)
   bool linear;              // no activation follows
 
   // As a matrix of the units of level l + 1 by those of level l, and the other way round.
   Strided<T> forward() const { return {weight, columns, 1}; }
   Strided<T> transposed() const { return {weight, 1, columns}; }
+  Packed<T> packed;  // transposed(), if the backward asked for it
   // What unit k of level l + 1 reads of level l, and what unit j of level l is read by.
   Range reads(int64_t k) const { return {0, prefix[k]}; }
   Range read_by(int64_t j) const { return {start[j], rows}; }
@@ -43,8 +45,9 @@ class Network {
   const int32_t* order;          // (D), of the features
   const int32_t* position;       // (D)
 
-  explicit Network(const AutoregressiveArgs& args)
-      : layer_count(args.layer_count), memory_(bytes(args)) {
+  // many_rows: backward, with rows enough to make up for the packing.
+  explicit Network(const AutoregressiveArgs& args, bool many_rows = false)
+      : layer_count(args.layer_count), memory_(bytes(args, many_rows)) {
     auto* sorted = memory_.template take<SortedLayer<T>>(layer_count);
     layers = sorted;
     order = args.layers[0].column_order;
@@ -66,8 +69,10 @@ class Network {
       }
       to.start = start;
       to.identity = is_identity(from.order, from.rows);
+      to.columns_in_order = columns_in_order;
       to.weight = static_cast<const T*>(from.weight);
       if (!to.identity || !columns_in_order) to.weight = gather(from);
+      to.packed = {many_rows && far_apart(from) ? pack(to) : nullptr, from.rows};
       to.bias = static_cast<const T*>(from.bias);
       if (to.bias && !to.identity) {
         T* bias = memory_.template take<T>(from.rows);
@@ -118,7 +123,31 @@ class Network {
     });
     return weight;
   }
-  static size_t bytes(const AutoregressiveArgs& args) {
+  // Whether a column of W meets so few cache sets, or so many pages, that reading it is slow.
+  static bool far_apart(const MaskedLayer& layer) { return layer.columns >= 256; }
+  const T* pack(const SortedLayer<T>& layer) {
+    const int64_t columns = layer.columns, rows = layer.rows;
+    T* packed = memory_.template take<T>(round_up(columns, kUnits) * rows);
+    constexpr int64_t depth = 16;
+    const int64_t pieces = (rows + depth - 1) / depth;
+    const int64_t grain = std::max<int64_t>(1, kThreadCycles / (depth * columns));
+    parallel_for(pieces, grain, [&](int64_t begin, int64_t end) {
+      const int64_t last = std::min(end * depth, rows);
+      for (int64_t k0 = begin * depth; k0 < last; k0 += depth)
+        for (int64_t j0 = 0; j0 < columns; j0 += kUnits)
+          for (int64_t k = std::max<int64_t>(k0, layer.start[j0]); k < std::min(k0 + depth, last);
+               ++k) {
+            const T* from = layer.weight + k * columns + j0;
+            T* to = packed + j0 * rows + k * kUnits;
+            if (j0 + kUnits <= columns)
+              std::memcpy(to, from, kUnits * sizeof(T));
+            else
+              std::copy_n(from, columns - j0, to);
+          }
+    });
+    return packed;
+  }
+  static size_t bytes(const AutoregressiveArgs& args, bool many_rows) {
     size_t sum = Memory::template bytes<SortedLayer<T>>(args.layer_count) +
                  Memory::template bytes<int32_t>(args.features);
     bool columns_in_order = is_identity(args.layers[0].column_order, args.features);
@@ -130,6 +159,8 @@ class Network {
       if (!identity) sum += Memory::template bytes<T>(layer.rows);
       if (!identity || !columns_in_order)
         sum += Memory::template bytes<T>(layer.rows * layer.columns);
+      if (many_rows && far_apart(layer))
+        sum += Memory::template bytes<T>(layer.rows * round_up(layer.columns, kUnits));
       columns_in_order = identity;
     }
     return sum;

@@ -6,17 +6,6 @@
 
 namespace fastflow {
 
-// A group of consecutive tiles. For each tile `cotangents` has dP_1 .. dP_{L+1} and `activations`
-// A_0 .. A_L, level after level as (n_l, R). Rows past the end of the batch are zeros in both.
-template <class T>
-struct TileGroup {
-  const T* cotangents;
-  const T* activations;
-  int64_t rows;     // R
-  int64_t vectors;  // of all its tiles together
-  bool first;       // of the batch: its sums are stored, those of later groups added
-};
-
 template <class T>
 int64_t cotangent_units(const Network<T>& network) {
   int64_t sum = 0;
@@ -30,68 +19,99 @@ int64_t activation_units(const Network<T>& network) {
   return sum;
 }
 
-// Zeros in rows live .. of the last vector of a tile that has fewer rows than its vectors.
+// What the products over a group of consecutive tiles need of them: the cotangents dP_1 .. dP_{L+1}
+// of each tile, level after level as (n_l, R), and the activations A_0 .. A_L of all, in panels.
 template <class T>
-void clear_padding(T* tile, int64_t units, int64_t R, int64_t live) {
-  const int64_t end = round_up(live, Vec<T>::lanes);
-  for (int64_t j = 0; live < end && j < units; ++j)
-    std::fill(tile + j * R + live, tile + j * R + end, T(0));
-}
+struct TileGroup {
+  const Network<T>& network;
+  int64_t R;
+  int64_t capacity;  // rows of the batch that it has room for
+  int64_t rows;      // and that it holds
+  bool first;        // of the batch: its sums are stored, those of later groups added
+  T* all_cotangents;
+  T* panels;
 
-// Rows of one layer's weight gradient, first .. last - 1 in sorted order.
+  // How many rows to a group: they are in memory together, and sums run over multiples of
+  // kOuterRows. A matter of sizes only, so that sums do not depend on the threads.
+  static int64_t group_rows(const Network<T>& network, const TileShape& shape) {
+    const int64_t units = cotangent_units(network) + activation_units(network);
+    const int64_t fit = (int64_t(32) << 20) / (units * int64_t(sizeof(T)));
+    return std::min(shape.count * shape.rows, std::max<int64_t>(fit / kOuterRows, 1) * kOuterRows);
+  }
+  static int64_t panel_units(const Network<T>& network) {
+    int64_t sum = 0;
+    for (int64_t l = 0; l < network.layer_count; ++l)
+      sum += round_up(network.layers[l].columns, kPanel<T>);
+    return sum;
+  }
+
+  T* cotangents(int64_t tile) const { return all_cotangents + tile * R * cotangent_units(network); }
+  // Takes over A_0 .. A_L of a tile, level after level as (n_l, R).
+  void set_activations(int64_t tile, const T* a) const {
+    T* to = panels + tile * R * kPanel<T>;
+    for (int64_t l = 0; l < network.layer_count; ++l) {
+      const int64_t columns = network.layers[l].columns;
+      tile_to_panels(a, R, std::min(R, rows - tile * R), columns, to, capacity);
+      a += columns * R;
+      to += round_up(columns, kPanel<T>) * capacity;
+    }
+  }
+};
+
+// Rows first .. last - 1 (in sorted order) of a layer's gradients.
 template <class T>
-void outer_rows(const MaskedLayer& to, const SortedLayer<T>& layer, Tiles<T> d, Tiles<T> a,
-                const TileGroup<T>& group, int64_t first, int64_t last) {
-  constexpr int lanes = Vec<T>::lanes;
+void outer_rows(const MaskedLayer& to, const SortedLayer<T>& layer, const TileGroup<T>& group,
+                const T* d, int64_t d_stride, const T* panels, int64_t first, int64_t last) {
   T* dweight = static_cast<T*>(to.dweight);
-  const int32_t *order = to.order, *column_order = to.column_order;
   if (group.first)
     for (int64_t k = first; k < last; ++k)
-      std::fill_n(dweight + order[k] * layer.columns, layer.columns, T(0));
-  stair_outer(d, a, group.rows, group.vectors, layer.prefix, first, last,
-              [&](int64_t o, int64_t i, T sum) {
-                dweight[order[o] * layer.columns + column_order[i]] += sum;
+      std::fill_n(dweight + to.order[k] * layer.columns, layer.columns, T(0));
+  stair_outer(d, d_stride, group.R, panels, group.capacity, group.rows, layer.prefix, first, last,
+              [&](int64_t o, int64_t i, int64_t n, Vec<T> sums) {
+                T* row = dweight + to.order[o] * layer.columns;
+                if (layer.columns_in_order) {
+                  store_up_to(load_up_to(row + i, n) + sums, row + i, n);
+                  return;
+                }
+                T each[Vec<T>::lanes];
+                sums.store(each);
+                for (int64_t j = 0; j < n; ++j) row[to.column_order[i + j]] += each[j];
               });
   T* dbias = static_cast<T*>(to.dbias);
   for (int64_t k = first; dbias && k < last; ++k) {
     Vec<T> total(T(0));
-    const int64_t per_tile = group.rows / lanes;
-    for (int64_t v = 0; v < group.vectors; ++v)
-      total +=
-          Vec<T>::load(d.data + v / per_tile * d.stride + k * group.rows + v % per_tile * lanes);
-    const T before = group.first ? T(0) : dbias[order[k]];
-    dbias[order[k]] = before + sum(total);
+    const T* rows = d + k * group.R;
+    for (int64_t left = group.rows; left > 0; left -= group.R, rows += d_stride)
+      for (int64_t r = 0; r < std::min(left, group.R); r += Vec<T>::lanes)
+        total += load_up_to(rows + r, left - r);
+    dbias[to.order[k]] = (group.first ? T(0) : dbias[to.order[k]]) + sum(total);
   }
 }
 
 // dW and db of all layers. Blocks of rows are spread over the threads; the order in which a sum
 // runs over the batch depends on nothing but the batch.
 template <class T>
-void outer_products(const AutoregressiveArgs& args, const Network<T>& network,
-                    const TileGroup<T>& group) {
-  constexpr int64_t block = 48;
-  int64_t blocks = 0, cycles = 0;
-  for (int64_t l = 0; l < network.layer_count; ++l) {
-    const SortedLayer<T>& layer = network.layers[l];
-    blocks += (layer.rows + block - 1) / block;
-    cycles += layer.rows * layer.columns / 2 * group.vectors;
-  }
-  const int64_t d_stride = cotangent_units(network) * group.rows;
-  const int64_t a_stride = activation_units(network) * group.rows;
-  parallel_tasks(blocks, cycles > kThreadCycles, [&](int64_t task) {
-    const T *d = group.cotangents, *a = group.activations;
+void outer_products(const AutoregressiveArgs& args, const TileGroup<T>& group) {
+  constexpr int64_t block = 8 * kUnits;
+  const Network<T>& network = group.network;
+  int64_t blocks = 0;
+  for (int64_t l = 0; l < network.layer_count; ++l)
+    blocks += (network.layers[l].rows + block - 1) / block;
+  const int64_t d_stride = cotangent_units(network) * group.R;
+  parallel_tasks(blocks, network.cycles(group.rows) > kThreadCycles, [&](int64_t task) {
+    const T *d = group.all_cotangents, *panels = group.panels;
     for (int64_t l = 0; l < network.layer_count; ++l) {
       const SortedLayer<T>& layer = network.layers[l];
       const int64_t n = (layer.rows + block - 1) / block;
       if (task < n) {
         const int64_t first = (n - 1 - task) * block;  // the longest rows first
-        outer_rows(args.layers[l], layer, Tiles<T>{d, d_stride}, Tiles<T>{a, a_stride}, group,
-                   first, std::min(first + block, layer.rows));
+        outer_rows(args.layers[l], layer, group, d, d_stride, panels, first,
+                   std::min(first + block, layer.rows));
         return;
       }
       task -= n;
-      d += layer.rows * group.rows;
-      a += layer.columns * group.rows;
+      d += layer.rows * group.R;
+      panels += round_up(layer.columns, kPanel<T>) * group.capacity;
     }
   });
 }

@@ -41,6 +41,17 @@ struct Strided {
   }
 };
 
+// The same, its units in panels of kUnits: element (unit, step) at data[unit / kUnits * kUnits *
+// steps
+// + step * kUnits + unit % kUnits]. A transpose read in place would touch a page per step.
+template <class T>
+struct Packed {
+  const T* data;
+  int64_t steps;
+
+  Strided<T> from_unit(int64_t unit) const { return {data + unit * steps, 1, kUnits}; }
+};
+
 // Steps begin .. end - 1 that a unit contracts over; empty if begin >= end.
 struct Range {
   int64_t begin;
@@ -108,6 +119,12 @@ inline void stair_block(Strided<T> w, const T* a, T* c, int64_t rows, const int6
     for (int v = 0; v < Vectors; ++v) add_to(c + j * rows + v * lanes, sum[j][v]);
 }
 
+// Asks for the cache lines of memory that is needed soon.
+template <class T>
+FASTFLOW_HD void prefetch(const T* p, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(p + i);
+}
+
 // f(std::integral_constant<int, n>) for the run-time n = 1 .. N.
 template <int N, class F>
 FASTFLOW_HD void with_constant(int64_t n, const F& f) {
@@ -123,8 +140,8 @@ inline constexpr int64_t kSteps = 256;
 // c[j] += sum over k in range(j) of w(j, k) a[k] for units j < count, and the first `vectors`
 // vectors of the rows of the tile. Both ends of range(j) must not decrease with j. before(j, n) and
 // after(j, n) are called around the work on c[j] .. c[j + n - 1], which is then in the cache.
-template <class T, class RangeOf, class Before, class After>
-void stair_product(Strided<T> w, const T* a, T* c, int64_t rows, int64_t vectors, int64_t count,
+template <class T, class Matrix, class RangeOf, class Before, class After>
+void stair_product(const Matrix& w, const T* a, T* c, int64_t rows, int64_t vectors, int64_t count,
                    const RangeOf& range, const Before& before, const After& after) {
   constexpr int lanes = Vec<T>::lanes;
   for (int64_t j0 = 0; j0 < count; j0 += kUnits) {
@@ -157,82 +174,98 @@ void stair_product(Strided<T> w, const T* a, T* c, int64_t rows, int64_t vectors
     after(j0, units);
   }
 }
-template <class T, class RangeOf>
-void stair_product(Strided<T> w, const T* a, T* c, int64_t rows, int64_t vectors, int64_t count,
+template <class T, class Matrix, class RangeOf>
+void stair_product(const Matrix& w, const T* a, T* c, int64_t rows, int64_t vectors, int64_t count,
                    const RangeOf& range) {
   const auto nothing = [](int64_t, int64_t) {};
   stair_product(w, a, c, rows, vectors, count, range, nothing, nothing);
 }
 
-// The tiles that a product over rows runs through: matrix k of tile t begins at data + t * stride.
+// Units in a panel: what stair_outer reads of one row at a time.
 template <class T>
-struct Tiles {
-  const T* data;
-  int64_t stride;  // elements from a tile to the next
-};
+inline constexpr int64_t kPanel = kVectors * Vec<T>::lanes;
 
-// The result of one block of stair_outer: `Outs` x `Ins` vectors of partial sums, lane by lane.
-inline constexpr int kOuts = 4;
-#if defined(__AVX512F__) || defined(__aarch64__)
-inline constexpr int kIns = 4;
-#else
-inline constexpr int kIns = 2;
-#endif
+// Rows whose products are summed without a break: sums over more are sums of such sums.
+inline constexpr int64_t kOuterRows = 512;
 
-// sums[o][i] = sum over rows of d[o] a[i], for the first `vectors` vectors of all tiles together
-// (each tile has rows / lanes of them). Rows past the end of the batch must be zeros.
-template <int Outs, int Ins, class T>
-inline void outer_block(Tiles<T> d, Tiles<T> a, int64_t rows, int64_t vectors, T* sums) {
+// The way from tiles to panels: panels[(j / kPanel) * panel_rows * kPanel + row * kPanel +
+// j % kPanel] = tile[j * rows + row] for j < count and row < live; `panels` is at the tile's first
+// row. Lanes that stand for no unit are zeros.
+template <class T>
+void tile_to_panels(const T* tile, int64_t rows, int64_t live, int64_t count, T* panels,
+                    int64_t panel_rows) {
   constexpr int lanes = Vec<T>::lanes;
-  Vec<T> sum[Outs][Ins];
+  for (int64_t j0 = 0; j0 < count; j0 += lanes)
+    for (int64_t r0 = 0; r0 < live; r0 += lanes) {
+      Vec<T> block[lanes];
+#pragma GCC unroll 16
+      for (int j = 0; j < lanes; ++j)
+        block[j] = j0 + j < count ? Vec<T>::load(tile + (j0 + j) * rows + r0) : Vec<T>(T(0));
+      transpose(block);
+      T* to = panels + j0 / kPanel<T> * panel_rows * kPanel<T> + r0 * kPanel<T> + j0 % kPanel<T>;
+#pragma GCC unroll 16
+      for (int r = 0; r < lanes; ++r)
+        if (r0 + r < live) block[r].store(to + r * kPanel<T>);
+    }
+}
+
+// out[o] += sum over n rows of d[o] panel, for Outs units and the first Vectors vectors of a panel,
+// where d[o] of a row is at d[(row / rows) * d_stride + o * rows + row % rows]; row 0 begins a
+// tile.
+template <int Outs, int Vectors, class T, class Add>
+inline void outer_block(const T* d, int64_t d_stride, int64_t rows, const T* panel, int64_t n,
+                        const Add& add) {
+  constexpr int lanes = Vec<T>::lanes;
+  Vec<T> sum[Outs][Vectors];
 #pragma GCC unroll 8
   for (int o = 0; o < Outs; ++o)
 #pragma GCC unroll 8
-    for (int i = 0; i < Ins; ++i) sum[o][i] = Vec<T>(T(0));
-  const int64_t per_tile = rows / lanes;
-  for (; vectors > 0; vectors -= per_tile, d.data += d.stride, a.data += a.stride) {
-    const int64_t n = std::min(vectors, per_tile) * lanes;
-    for (int64_t r = 0; r < n; r += lanes) {
-      Vec<T> x[Ins];
+    for (int v = 0; v < Vectors; ++v) sum[o][v] = Vec<T>(T(0));
+  for (; n > 0; n -= rows, d += d_stride) {
+    const int64_t live = std::min(n, rows);
+    for (int64_t r = 0; r < live; ++r, panel += kPanel<T>) {
+      Vec<T> x[Vectors];
 #pragma GCC unroll 8
-      for (int i = 0; i < Ins; ++i) x[i] = Vec<T>::load(a.data + i * rows + r);
+      for (int v = 0; v < Vectors; ++v) x[v] = Vec<T>::load(panel + v * lanes);
 #pragma GCC unroll 8
       for (int o = 0; o < Outs; ++o) {
-        const Vec<T> g = Vec<T>::load(d.data + o * rows + r);
+        const Vec<T> g(d[o * rows + r]);
 #pragma GCC unroll 8
-        for (int i = 0; i < Ins; ++i) sum[o][i] += g * x[i];
+        for (int v = 0; v < Vectors; ++v) sum[o][v] += g * x[v];
       }
     }
   }
-  constexpr int groups = (Outs * Ins + lanes - 1) / lanes;
-  Vec<T> grouped[groups][lanes];
-#pragma GCC unroll 16
-  for (int n = 0; n < groups * lanes; ++n)
-    grouped[n / lanes][n % lanes] = n < Outs * Ins ? sum[n / Ins % Outs][n % Ins] : Vec<T>(T(0));
-#pragma GCC unroll 16
-  for (int g = 0; g < groups; ++g) sum_each(grouped[g]).store(sums + g * lanes);
+#pragma GCC unroll 8
+  for (int o = 0; o < Outs; ++o)
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v) add(o, v, sum[o][v]);
 }
 
-// emit(o, i, sum over rows of d[o] a[i]) for outs o in [first, last) and i < prefix[o].
-template <class T, class Emit>
-void stair_outer(Tiles<T> d, Tiles<T> a, int64_t rows, int64_t vectors, const int32_t* prefix,
-                 int64_t first, int64_t last, const Emit& emit) {
+// add(o, i, n, sums) with lane j < n of `sums` = sum over row_count rows of d[o] a[i + j], such
+// that each o in [first, last) and i + j < prefix[o] comes up once per kOuterRows rows.
+template <class T, class Add>
+void stair_outer(const T* d, int64_t d_stride, int64_t rows, const T* panels, int64_t panel_rows,
+                 int64_t row_count, const int32_t* prefix, int64_t first, int64_t last,
+                 const Add& add) {
   constexpr int lanes = Vec<T>::lanes;
-  alignas(64) T sums[round_up(kOuts * kIns, lanes)];
-  for (int64_t i0 = 0; last > first && i0 < prefix[last - 1]; i0 += kIns)
-    for (int64_t o0 = std::upper_bound(prefix + first, prefix + last, int32_t(i0)) - prefix;
-         o0 < last; o0 += kOuts) {
-      const int64_t outs = std::min<int64_t>(kOuts, last - o0);
-      const int64_t ins = std::min<int64_t>(kIns, prefix[o0 + outs - 1] - i0);
-      with_constant<kOuts>(outs, [&](auto n) {
-        with_constant<kIns>(ins, [&](auto m) {
-          outer_block<n, m>(Tiles<T>{d.data + o0 * rows, d.stride},
-                            Tiles<T>{a.data + i0 * rows, a.stride}, rows, vectors, sums);
-          for (int o = 0; o < n; ++o)
-            for (int i = 0; i < m; ++i)
-              if (i0 + i < prefix[o0 + o]) emit(o0 + o, i0 + i, sums[o * m + i]);
+  for (int64_t row = 0; row < row_count; row += kOuterRows)
+    for (int64_t i0 = 0; i0 < prefix[last - 1]; i0 += kPanel<T>) {
+      const T* panel = panels + i0 * panel_rows + row * kPanel<T>;
+      int64_t o0 = std::upper_bound(prefix + first, prefix + last, int32_t(i0)) - prefix;
+      for (; o0 < last; o0 += kUnits) {
+        const int64_t outs = std::min<int64_t>(kUnits, last - o0);
+        const int64_t ins = std::min<int64_t>(kPanel<T>, prefix[o0 + outs - 1] - i0);
+        const auto emit = [&](int64_t o, int64_t v, Vec<T> sums) {
+          const int64_t n = std::min<int64_t>(lanes, prefix[o0 + o] - i0 - v * lanes);
+          if (n > 0) add(o0 + o, i0 + v * lanes, n, sums);
+        };
+        with_constant<kUnits>(outs, [&](auto m) {
+          with_constant<kVectors>((ins + lanes - 1) / lanes, [&](auto v) {
+            outer_block<m, v>(d + row / rows * d_stride + o0 * rows, d_stride, rows, panel,
+                              std::min(kOuterRows, row_count - row), emit);
+          });
         });
-      });
+      }
     }
 }
 
