@@ -1,17 +1,17 @@
 // Backward of the parallel direction: cotangents tile by tile, then the parameters' gradients.
 #include "autoregressive_outer.h"
 #include "autoregressive_scale.h"
+#include "autoregressive_units.h"
 
 namespace fastflow {
 namespace {
 
 template <class T>
 struct TileScratch;
-template <class T>
-struct ActivationScratch;
-template <class T>
-struct GroupScratch;
-
+const Network<T> network(args, args.batch >= kPackedRows);
+backward_tiles(args, network, shape, [&](int64_t tile, T* cotangents, T* activations) {
+  backward_tile(args, network, shape, tile, cotangents, activations);
+});
 // From dy (in `dx`, sorted) and dladj: the cotangents of the outputs, and what reaches x directly.
 template <class T>
 void scale_tile_backward(const AutoregressiveArgs& args, const T* outputs, const T* x,
@@ -30,24 +30,6 @@ void scale_tile_backward(const AutoregressiveArgs& args, const T* outputs, const
         d.store(dx + k * R + r);
         dm.store(d_outputs + 2 * k * R + r);
         (dl * map.slope).store(d_outputs + (2 * k + 1) * R + r);
-      }
-  });
-}
-
-// From dA in `d`, the cotangent dP = act'(P) dA plus what skips two levels, and A = act(P), for
-// some units of a tile.
-template <class T>
-void activate_units_backward(Activation activation, const T* p, const T* d_skipped, int64_t units,
-                             int64_t R, int64_t vectors, T* d, T* a) {
-  constexpr int lanes = Vec<T>::lanes;
-  with_activation(activation, [&](auto kind) {
-    for (int64_t j = 0; j < units; ++j)
-      for (int64_t r = j * R; r < j * R + vectors * lanes; r += lanes) {
-        const auto act = activate_with_slope<kind>(Vec<T>::load(p + r));
-        Vec<T> sum = Vec<T>::load(d + r) * act.slope;
-        if (d_skipped) sum += Vec<T>::load(d_skipped + r);
-        sum.store(d + r);
-        act.value.store(a + r);
       }
   });
 }
@@ -126,6 +108,7 @@ void backward_tile(const AutoregressiveArgs& args, const Network<T>& network,
 template <class T>
 void backward(const AutoregressiveArgs& args) {
   const TileShape shape(args);
+<<<<<<< HEAD
   const Network<T> network(args, args.batch >= 64);
   const int64_t R = shape.rows, a_size = activation_units(network) * R;
   const int64_t group_rows = TileGroup<T>::group_rows(network, shape);
@@ -153,6 +136,11 @@ void backward(const AutoregressiveArgs& args) {
         });
     if (args.layers[0].dweight) outer_products(args, group);
   }
+=======
+  backward_tiles(args, network, shape, [&](int64_t tile, T* cotangents, T* activations) {
+    backward_tile(args, network, shape, tile, cotangents, activations);
+  });
+>>>>>>> 3ef8ece (The inverse of autoregressive maps and its backward in one sweep each)
 }
 
 }  // namespace

@@ -1,24 +1,13 @@
 // The network of a tile of rows, and the scale map behind it: the parallel direction.
 #include "autoregressive_network.h"
 #include "autoregressive_scale.h"
+#include "autoregressive_units.h"
 
 namespace fastflow {
 namespace {
 
 template <class T>
 struct ForwardScratch;
-
-// a = act(p) for some units of a tile.
-template <class T>
-void activate_units(Activation activation, const T* p, int64_t units, int64_t R, int64_t vectors,
-                    T* a) {
-  constexpr int lanes = Vec<T>::lanes;
-  with_activation(activation, [&](auto kind) {
-    for (int64_t j = 0; j < units; ++j)
-      for (int64_t r = j * R; r < j * R + vectors * lanes; r += lanes)
-        activate<kind>(Vec<T>::load(p + r)).store(a + r);
-  });
-}
 
 // P = b + T [+ the level before the last] + W A, then A_next = act(P), block of units by block.
 template <class T>
@@ -72,13 +61,6 @@ void scale_tile(const AutoregressiveArgs& args, const T* outputs, int64_t R, int
       total.store(ladj + r);
     }
   });
-}
-
-// Columns of `saved` that no vector of the tile reaches.
-template <class T>
-void clear_unused(T* tile, int64_t units, int64_t R, int64_t used) {
-  for (int64_t j = 0; used < R && j < units; ++j)
-    std::fill(tile + j * R + used, tile + (j + 1) * R, T(0));
 }
 
 template <class T>

@@ -116,4 +116,45 @@ void outer_products(const AutoregressiveArgs& args, const TileGroup<T>& group) {
   });
 }
 
+// Rows of the batch from which on packing transposed weights pays.
+inline constexpr int64_t kPackedRows = 64;
+
+template <class T>
+struct ActivationScratch;
+template <class T>
+struct GroupScratch;
+
+// Backward of either direction: backward_tile(tile, cotangents, activations), which also writes
+// what has rows, for every tile; then the gradients of the parameters.
+template <class T, class BackwardTile>
+void backward_tiles(const AutoregressiveArgs& args, const Network<T>& network,
+                    const TileShape& shape, const BackwardTile& backward_tile) {
+  const int64_t R = shape.rows, a_size = activation_units(network) * R;
+  const int64_t group_rows = TileGroup<T>::group_rows(network, shape);
+  const int64_t d_size = cotangent_units(network) * group_rows;
+  const int64_t panel_size = TileGroup<T>::panel_units(network) * group_rows;
+  using S = Scratch<GroupScratch<T>>;
+  S scratch(S::template bytes<T>(d_size) + S::template bytes<T>(panel_size));
+  TileGroup<T> group{network,
+                     R,
+                     group_rows,
+                     0,
+                     true,
+                     scratch.template take<T>(d_size),
+                     scratch.template take<T>(panel_size)};
+  for (int64_t row = 0; row < args.batch; row += group_rows) {
+    group.rows = std::min(group_rows, args.batch - row);
+    group.first = row == 0;
+    parallel_tasks((group.rows + R - 1) / R, network.cycles(group.rows) > kThreadCycles,
+                   [&](int64_t i) {
+                     using A = Scratch<ActivationScratch<T>>;
+                     A memory(A::template bytes<T>(a_size));
+                     T* activations = memory.template take<T>(a_size);
+                     backward_tile(row / R + i, group.cotangents(i), activations);
+                     if (args.layers[0].dweight) group.set_activations(i, activations);
+                   });
+    if (args.layers[0].dweight) outer_products(args, group);
+  }
+}
+
 }  // namespace fastflow

@@ -1,0 +1,97 @@
+// The products of staircase.h for a few rows: there the lanes of vectors are rows, and most of them
+// would be idle. Here they are units. Squares of weights are turned in registers, so that every
+// unit still sums its own terms in ascending order, in the same pieces: a row gets the same bits
+// from either.
+#pragma once
+
+#include "staircase.h"
+
+namespace fastflow {
+
+// From here on a vector of rows costs less than turning the weights; measured.
+inline constexpr int kNarrowRows = 4;
+
+// sum[r] += w(j, k) a[k * rows + r] for the steps k in [first, last) and the units j in the lanes;
+// begin and end are those of the units, and bound what each of them sees.
+template <int Rows, class T>
+inline void narrow_steps(const T* const (&w)[Vec<T>::lanes], const T* a, int64_t rows,
+                         int64_t first, int64_t last, typename VectorTypes<T>::Int begin,
+                         typename VectorTypes<T>::Int end, int64_t all_begin, int64_t all_end,
+                         Vec<T> (&sum)[Rows]) {
+  constexpr int lanes = Vec<T>::lanes;
+  using Int = typename VectorTypes<T>::IntScalar;
+  for (int64_t k = first; k < last; k += lanes) {
+    const int64_t n = std::min<int64_t>(lanes, last - k);
+    Vec<T> square[lanes];
+#pragma GCC unroll 16
+    for (int j = 0; j < lanes; ++j) square[j] = load_up_to(w[j] + k, n);
+    transpose(square);
+    const T* x = a + k * rows;
+    if (k >= all_begin && k + lanes <= all_end) {
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; ++i)
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r) sum[r] += square[i] * Vec<T>(x[i * rows + r]);
+    } else {
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; ++i) {
+        if (i >= n) continue;
+        const Mask<T> seen{(begin <= Int(k + i)) & (end > Int(k + i))};
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r)
+          sum[r] = select(seen, sum[r] + square[i] * Vec<T>(x[i * rows + r]), sum[r]);
+      }
+    }
+  }
+}
+
+// stair_product for the first `Rows` rows of the tile; w.step_stride is 1.
+template <int Rows, class T, class RangeOf>
+void narrow_product(Strided<T> w, const T* a, T* c, int64_t rows, int64_t count,
+                    const RangeOf& range) {
+  constexpr int lanes = Vec<T>::lanes;
+  using Int = typename VectorTypes<T>::IntScalar;
+  for (int64_t j0 = 0; j0 < count; j0 += lanes) {
+    const int64_t units = std::min<int64_t>(lanes, count - j0);
+    const T* unit_rows[lanes];
+    alignas(64) Int begin[lanes], end[lanes];
+    for (int j = 0; j < lanes; ++j) {
+      const int64_t unit = j0 + std::min<int64_t>(j, units - 1);
+      const Range seen = range(unit);
+      unit_rows[j] = w.data + unit * w.unit_stride;
+      begin[j] = Int(seen.begin);
+      end[j] = Int(std::max(seen.begin, seen.end));
+    }
+    typename VectorTypes<T>::Int begins, ends;
+    std::memcpy(&begins, begin, sizeof begins);
+    std::memcpy(&ends, end, sizeof ends);
+    const int64_t first = begin[0], last = end[lanes - 1];
+    for (int64_t k0 = first / kSteps * kSteps; k0 < last; k0 += kSteps) {
+      Vec<T> sum[Rows];
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r) sum[r] = Vec<T>(T(0));
+      narrow_steps<Rows>(unit_rows, a, rows, std::max(k0, first), std::min(k0 + kSteps, last),
+                         begins, ends, begin[lanes - 1], end[0], sum);
+      for (int r = 0; r < Rows; ++r) {
+        T each[lanes];
+        sum[r].store(each);
+        for (int64_t j = 0; j < units; ++j) c[(j0 + j) * rows + r] += each[j];
+      }
+    }
+  }
+}
+
+// stair_product for the `live` first rows of the tile, at least; w.step_stride is 1.
+template <class T, class RangeOf>
+void stair_product_rows(Strided<T> w, const T* a, T* c, int64_t rows, int64_t live, int64_t count,
+                        const RangeOf& range) {
+  if (live > kNarrowRows || count <= kUnits) {
+    const int64_t vectors = (live + Vec<T>::lanes - 1) / Vec<T>::lanes;
+    stair_product(w, a, c, rows, vectors, count, range);
+    return;
+  }
+  with_constant<kNarrowRows>(
+      live, [&](auto n) { narrow_product<decltype(n)::value>(w, a, c, rows, count, range); });
+}
+
+}  // namespace fastflow
