@@ -120,6 +120,7 @@ void forward_group(const PlanarFlowArgs& args, const Group<T>& group) {
       wx[r] = sum_wx, wu[r] = sum_wu, ww[r] = sum_ww;
     }
     T t[width], alpha[width];
+#pragma GCC unroll 1  // one piece of code, so that both vectors' roundings are the same
     for (int h = 0; h < group.halves(); ++h) {
       const auto step = planar_step(sum_lanes(wu, h), sum_lanes(ww, h), args.centred);
       T* a_k = a + k * width + h * lanes;
@@ -145,6 +146,7 @@ void forward_group(const PlanarFlowArgs& args, const Group<T>& group) {
   group.store_rows(x, stride, args.out);
   group.scatter(a, args.a);
   T ladj[width];
+#pragma GCC unroll 1
   for (int h = 0; h < 2; ++h)
     (Inverse ? -sums[h].total() : sums[h].total()).store(ladj + h * lanes);
   std::copy_n(ladj, group.count, static_cast<T*>(args.ladj) + group.first);
@@ -232,6 +234,7 @@ void backward_group(const PlanarFlowArgs& args, const Group<T>& group) {
       wu[r] = sum_wu, ww[r] = sum_ww, ug[r] = sum_ug, wg[r] = sum_wg;
     }
     RowTerms<T> terms;
+#pragma GCC unroll 1  // see forward_group
     for (int half = 0; half < group.halves(); ++half) {
       const int64_t at = half * lanes;
       const auto step = planar_step(sum_lanes(wu, half), sum_lanes(ww, half), args.centred);

@@ -46,17 +46,16 @@ void recur(const PlanarChain<T>& chain, const T* b, const T* r, T* t, T* a, T* l
     add_terms(pre, chain.products + i * chain.padded_steps, t, 0, i, 1);
 
     const auto step = chain.template at<V>(i);
-    PlanarTanh<V> tanh_a[kTileVectors];
-#pragma GCC unroll 4
+#pragma GCC unroll 1  // one piece of code, so that every vector's roundings are the same
     for (int v = 0; v < kTileVectors; ++v) {
-      if constexpr (Inverse) pre[v] = planar_solve(pre[v], step);
-      tanh_a[v] = planar_tanh(pre[v]);
-      copysign(tanh_a[v].t, Inverse ? -pre[v] : pre[v]).store(t + i * width + v * lanes);
-      pre[v].store(a + k * width + v * lanes);
+      const V a_v = Inverse ? planar_solve(pre[v], step) : pre[v];
+      const auto tanh_a = planar_tanh(a_v);
+      copysign(tanh_a.t, Inverse ? -a_v : a_v).store(t + i * width + v * lanes);
+      a_v.store(a + k * width + v * lanes);
+      sums[v].add(tanh_a, step);
     }
-#pragma GCC unroll 4
-    for (int v = 0; v < kTileVectors; ++v) sums[v].add(tanh_a[v], step);
   }
+#pragma GCC unroll 1
   for (int v = 0; v < kTileVectors; ++v) {
     const V total = sums[v].total();
     (Inverse ? -total : total).store(ladj + v * lanes);
@@ -126,7 +125,7 @@ void recur_backward(const PlanarChain<T>& chain, const T* h, const T* a, const T
 
     const auto step = chain.template at<V>(i);
     V db(T(0)), dp(T(0));
-#pragma GCC unroll 4
+#pragma GCC unroll 1  // see recur
     for (int v = 0; v < kTileVectors; ++v) {
       const V pre = V::load(a + chain.source(i) * width + v * lanes);
       const auto pull = pull_back(pre, h_i[v], V::load(g_ladj + v * lanes), step, Inverse);
