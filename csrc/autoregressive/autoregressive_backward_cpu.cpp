@@ -8,10 +8,7 @@ namespace {
 
 template <class T>
 struct TileScratch;
-const Network<T> network(args, args.batch >= kPackedRows);
-backward_tiles(args, network, shape, [&](int64_t tile, T* cotangents, T* activations) {
-  backward_tile(args, network, shape, tile, cotangents, activations);
-});
+
 // From dy (in `dx`, sorted) and dladj: the cotangents of the outputs, and what reaches x directly.
 template <class T>
 void scale_tile_backward(const AutoregressiveArgs& args, const T* outputs, const T* x,
@@ -108,39 +105,10 @@ void backward_tile(const AutoregressiveArgs& args, const Network<T>& network,
 template <class T>
 void backward(const AutoregressiveArgs& args) {
   const TileShape shape(args);
-<<<<<<< HEAD
-  const Network<T> network(args, args.batch >= 64);
-  const int64_t R = shape.rows, a_size = activation_units(network) * R;
-  const int64_t group_rows = TileGroup<T>::group_rows(network, shape);
-  const int64_t d_size = cotangent_units(network) * group_rows;
-  const int64_t panel_size = TileGroup<T>::panel_units(network) * group_rows;
-  using S = Scratch<GroupScratch<T>>;
-  S scratch(S::template bytes<T>(d_size) + S::template bytes<T>(panel_size));
-  TileGroup<T> group{network,
-                     R,
-                     group_rows,
-                     0,
-                     true,
-                     scratch.template take<T>(d_size),
-                     scratch.template take<T>(panel_size)};
-  for (int64_t row = 0; row < args.batch; row += group_rows) {
-    group.rows = std::min(group_rows, args.batch - row);
-    group.first = row == 0;
-    parallel_tasks(
-        (group.rows + R - 1) / R, network.cycles(group.rows) > kThreadCycles, [&](int64_t i) {
-          using A = Scratch<ActivationScratch<T>>;
-          A memory(A::template bytes<T>(a_size));
-          T* activations = memory.template take<T>(a_size);
-          backward_tile(args, network, shape, row / R + i, group.cotangents(i), activations);
-          if (args.layers[0].dweight) group.set_activations(i, activations);
-        });
-    if (args.layers[0].dweight) outer_products(args, group);
-  }
-=======
+  const Network<T> network(args, args.batch >= kPackedRows);
   backward_tiles(args, network, shape, [&](int64_t tile, T* cotangents, T* activations) {
     backward_tile(args, network, shape, tile, cotangents, activations);
   });
->>>>>>> 3ef8ece (The inverse of autoregressive maps and its backward in one sweep each)
 }
 
 }  // namespace

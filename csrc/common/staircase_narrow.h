@@ -15,11 +15,9 @@ inline constexpr int kNarrowRows = 4;
 // begin and end are those of the units, and bound what each of them sees.
 template <int Rows, class T>
 inline void narrow_steps(const T* const (&w)[Vec<T>::lanes], const T* a, int64_t rows,
-                         int64_t first, int64_t last, typename VectorTypes<T>::Int begin,
-                         typename VectorTypes<T>::Int end, int64_t all_begin, int64_t all_end,
-                         Vec<T> (&sum)[Rows]) {
+                         int64_t first, int64_t last, Vec<T> begin, Vec<T> end, int64_t all_begin,
+                         int64_t all_end, Vec<T> (&sum)[Rows]) {
   constexpr int lanes = Vec<T>::lanes;
-  using Int = typename VectorTypes<T>::IntScalar;
   for (int64_t k = first; k < last; k += lanes) {
     const int64_t n = std::min<int64_t>(lanes, last - k);
     Vec<T> square[lanes];
@@ -36,7 +34,7 @@ inline void narrow_steps(const T* const (&w)[Vec<T>::lanes], const T* a, int64_t
 #pragma GCC unroll 16
       for (int i = 0; i < lanes; ++i) {
         if (i >= n) continue;
-        const Mask<T> seen{(begin <= Int(k + i)) & (end > Int(k + i))};
+        const Mask<T> seen = (begin <= Vec<T>(T(k + i))) & (end > Vec<T>(T(k + i)));
 #pragma GCC unroll 8
         for (int r = 0; r < Rows; ++r)
           sum[r] = select(seen, sum[r] + square[i] * Vec<T>(x[i * rows + r]), sum[r]);
@@ -50,28 +48,25 @@ template <int Rows, class T, class RangeOf>
 void narrow_product(Strided<T> w, const T* a, T* c, int64_t rows, int64_t count,
                     const RangeOf& range) {
   constexpr int lanes = Vec<T>::lanes;
-  using Int = typename VectorTypes<T>::IntScalar;
   for (int64_t j0 = 0; j0 < count; j0 += lanes) {
     const int64_t units = std::min<int64_t>(lanes, count - j0);
     const T* unit_rows[lanes];
-    alignas(64) Int begin[lanes], end[lanes];
+    T begin[lanes], end[lanes];  // counts of units, which T holds exactly
     for (int j = 0; j < lanes; ++j) {
       const int64_t unit = j0 + std::min<int64_t>(j, units - 1);
       const Range seen = range(unit);
       unit_rows[j] = w.data + unit * w.unit_stride;
-      begin[j] = Int(seen.begin);
-      end[j] = Int(std::max(seen.begin, seen.end));
+      begin[j] = T(seen.begin);
+      end[j] = T(std::max(seen.begin, seen.end));
     }
-    typename VectorTypes<T>::Int begins, ends;
-    std::memcpy(&begins, begin, sizeof begins);
-    std::memcpy(&ends, end, sizeof ends);
-    const int64_t first = begin[0], last = end[lanes - 1];
+    const int64_t first = int64_t(begin[0]), last = int64_t(end[lanes - 1]);
     for (int64_t k0 = first / kSteps * kSteps; k0 < last; k0 += kSteps) {
       Vec<T> sum[Rows];
 #pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r) sum[r] = Vec<T>(T(0));
       narrow_steps<Rows>(unit_rows, a, rows, std::max(k0, first), std::min(k0 + kSteps, last),
-                         begins, ends, begin[lanes - 1], end[0], sum);
+                         Vec<T>::load(begin), Vec<T>::load(end), int64_t(begin[lanes - 1]),
+                         int64_t(end[0]), sum);
       for (int r = 0; r < Rows; ++r) {
         T each[lanes];
         sum[r].store(each);
