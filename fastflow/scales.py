@@ -31,15 +31,15 @@ class SoftClip(Scale):
     Its gradient vanishes nowhere. It is zuko's map.
 
     Arguments:
-        slope: between 0 and 1.
+        slope: at least 1e-35, below 1.
     """
 
     slope: float = 1e-3
     number = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.slope < 1:
-            raise ValueError(f"SoftClip: slope is {self.slope}, must be between 0 and 1")
+        if not 1e-35 <= self.slope < 1:  # 1 / slope is a float32
+            raise ValueError(f"SoftClip: slope is {self.slope}, must be at least 1e-35, below 1")
 
     @property
     def constants(self) -> tuple[float, float]:
@@ -99,7 +99,7 @@ class Clamp(Scale):
     The derivative of l is taken as 1 everywhere (straight-through), so that it never dies.
 
     Arguments:
-        low, high: the bounds of the log-scale.
+        low, high: the bounds of the log-scale, between -80 and 80.
     """
 
     low: float = -5.0
@@ -107,8 +107,11 @@ class Clamp(Scale):
     number = 3
 
     def __post_init__(self) -> None:
-        if not self.low < self.high:
-            raise ValueError(f"Clamp: low is {self.low}, must be below high, {self.high}")
+        if not -80 <= self.low < self.high <= 80:  # exp of either is a float32
+            raise ValueError(
+                f"Clamp: low and high are {self.low} and {self.high}, must be ascending and "
+                "between -80 and 80"
+            )
 
     @property
     def constants(self) -> tuple[float, float]:
