@@ -15,11 +15,20 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-import measure
 import peers
 import pytest
 import torch
-from comparison import SETTINGS, Comparison, Settings, compare, results
+from comparison import (
+    CLOCK,
+    LIBRARY,
+    SETTINGS,
+    Comparison,
+    Group,
+    Settings,
+    compare,
+    results,
+    show,
+)
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
@@ -28,9 +37,7 @@ from fastflow import backends
 
 OP = "planar_flow"
 DIRECTIONS = ("forward", "backward", "forward_backward", "inverse")
-LIBRARY = "fastflow-"
 BACKENDS = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
-CLOCK = measure.RecordedClock()
 REFERENCE_LIMIT = 2**20
 """The reference backend is plain PyTorch too: it is timed for cases up to this many B D K."""
 
@@ -203,13 +210,13 @@ def run_comparison(case: Case, direction: str, settings: Settings, timed: bool) 
     cotangents = (torch.randn_like(inputs[0]), torch.randn_like(inputs[0][:, 0]))
     exact = exact_results(inputs, direction, outputs, cotangents)
     reasons = {name: absence(name, device) for name in names}
+    builders = {name: builder(name, inputs, inverse) for name in names if reasons[name] is None}
     return compare(
-        {name: builder(name, inputs, inverse) for name in names if reasons[name] is None},
+        [Group(builders, None, exact)],
         {name: reason for name, reason in reasons.items() if reason is not None},
         direction,
         outputs,
         cotangents,
-        exact,
         case.K,
         settings,
         case.bytes_moved(direction) if case.bandwidth else None,
@@ -254,30 +261,11 @@ def test_planar_flow(
         outcomes[case, direction] = run_comparison(case, direction, settings, benchmark.enabled)
     outcome = outcomes[case, direction]
     benchmark.group = f"{OP} {case} {direction}"
-    if contender in outcome.absent:
-        pytest.skip(outcome.absent[contender])
-    if contender in outcome.refused:
-        pytest.fail(outcome.refused[contender], pytrace=False)
-    if not benchmark.enabled:
-        benchmark(lambda: None)
-        return
-    times = outcome.times[contender]
-    moved, flops = case.bytes_moved(direction), case.flops(direction)
-    seconds = measure.median(times)
-    benchmark.extra_info.update(
-        op=OP,
-        case=str(case),
-        direction=direction,
-        contender=contender,
-        backend=contender.removeprefix(LIBRARY) if contender.startswith(LIBRARY) else None,
-        median_seconds=seconds,
-        speedup_over=outcome.speedups(contender),
-        errors=outcome.errors[contender],
-        bytes_moved=moved,
-        gbps=moved / seconds / 1e9,
-        copy_gbps=outcome.copy_gbps,
-        share_of_copy=outcome.share_of_copy.get(contender),
-        flops=flops,
-        gflops=flops / seconds / 1e9,
-    )
-    benchmark.pedantic(CLOCK.player(times), rounds=len(times))
+    facts = {
+        "op": OP,
+        "case": str(case),
+        "direction": direction,
+        "bytes_moved": case.bytes_moved(direction),
+        "flops": case.flops(direction),
+    }
+    show(benchmark, outcome, contender, facts)

@@ -12,10 +12,18 @@ import measure
 import pytest
 import torch
 from peers import Chain
+from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-BASELINES = ("eager", "hoisted", "compile", "normflows", "pyro")
-WITH_GRADIENTS = ("backward", "forward_backward")
+BASELINES = (
+    *("eager", "hoisted", "compile", "dense", "jacobi"),
+    *("zuko", "nflows", "normflows", "pyro"),
+)
+WITH_GRADIENTS = ("backward", "forward_backward", "inverse_backward", "training")
+LIBRARY = "fastflow-"
+CLOCK = measure.RecordedClock()
+ONCE_SECONDS = 10.0
+"""A contender that takes longer for the call that is checked is not called again."""
 
 EFFORTS = {
     "smoke": measure.Effort(seconds=0.2, slice=2e-3, min_rounds=3, max_rounds=5),
@@ -54,14 +62,43 @@ class Comparison:
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    saved_bytes: dict[str, int] = field(default_factory=dict)
     copy_gbps: float | None = None
     share_of_copy: dict[str, float] = field(default_factory=dict)
 
     def speedups(self, contender: str) -> dict[str, dict[str, float]]:
         """How many times faster it is than each baseline: medians of interleaved rounds."""
-        own = self.times[contender]
         others = [name for name in BASELINES if name in self.times and name != contender]
-        return {name: measure.ratio(self.times[name], own) for name in others}
+        return {
+            name: measure.ratio(
+                self.times[name], self.times.get(twin(contender, name), self.times[contender])
+            )
+            for name in others
+        }
+
+
+def twin(contender: str, rival: str) -> str:
+    """The name of a contender in the rival's variant of the formulas."""
+    return f"{contender} as {rival}"
+
+
+@dataclass
+class Group:
+    """Contenders that must return the same numbers.
+
+    Arguments:
+        builders: how to make each.
+        plain: results of plain PyTorch in float32, which set the tolerance; None for those of the
+            contender "eager".
+        exact: the results in float64.
+        rival: the peer whose formulas these are; None for the common ones. All other members are
+            `twin`s, there to be compared with it.
+    """
+
+    builders: dict[str, Callable[[], Chain]]
+    plain: dict[str, Tensor] | None
+    exact: dict[str, Tensor]
+    rival: str | None = None
 
 
 def results(
@@ -75,16 +112,40 @@ def results(
         outputs = chain.run()
         grads = chain.collect(torch.autograd.grad(outputs, chain.leaves, cotangents))
     values = dict(zip(names, (tensor.detach() for tensor in outputs)))
-    return values | dict(zip(("dz", "dw", "du", "db"), grads))
+    return values | dict(zip(chain.names, grads))
+
+
+def saved_bytes(chain: Chain) -> int:
+    """What a contender keeps for its backward pass, besides what is there anyway.
+
+    Parameters, inputs and masks lie in the same memory in two runs at a time; the rest is counted.
+    """
+    first, graph = _saved_storages(chain)
+    second, _ = _saved_storages(chain)
+    del graph  # it kept the memory of the first run from being used by the second
+    return sum(size for address, size in second.items() if address not in first)
+
+
+def _saved_storages(chain: Chain) -> tuple[dict[int, int], tuple[Tensor, ...]]:
+    """Sizes of all that is saved, by address, and the outputs that keep it alive."""
+    sizes = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with chain.context(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        outputs = chain.run()
+    return sizes, outputs
 
 
 def compare(
-    builders: dict[str, Callable[[], Chain]],
+    groups: list[Group],
     absent: dict[str, str],
     direction: str,
     names: tuple[str, ...],
     cotangents: tuple[Tensor, ...],
-    exact: dict[str, Tensor],
     steps: int,
     settings: Settings,
     bytes_moved: int | None = None,
@@ -93,12 +154,11 @@ def compare(
     """Builds, checks and times the contenders.
 
     Arguments:
-        builders: the contenders that can run here; "eager" is among them and sets the tolerance.
+        groups: the contenders that can run here.
         absent: why others cannot, by name.
-        direction: forward, backward, forward_backward or inverse.
+        direction: forward, backward, forward_backward, training, inverse or inverse_backward.
         names: of the two outputs.
         cotangents: of the two outputs.
-        exact: the results in float64.
         steps: length of the chain, for the tolerance.
         settings: device and effort.
         bytes_moved: for a case that must be timed from memory: what it moves at least. A copy takes
@@ -106,24 +166,43 @@ def compare(
         timed: False only checks.
     """
     outcome = Comparison(absent=dict(absent))
-    chains = {name: build() for name, build in builders.items()}
-    plain = results(chains["eager"], direction, names, cotangents)
     tasks = {}
-    for name, chain in chains.items():
-        try:
+    for group in groups:
+        plain = group.plain
+        if plain is None:
+            plain = results(group.builders["eager"](), direction, names, cotangents)
+        for contender, build in group.builders.items():
+            own = group.rival is None or contender == group.rival
+            name = contender if own else twin(contender, group.rival)
+            chain = build()
+            start = time.perf_counter()
             values = results(chain, direction, names, cotangents)
-            outcome.errors[name] = gate.check(name, values, plain, exact, steps)
-        except gate.Disagreement as wrong:
-            outcome.refused[name] = str(wrong)
-        else:
-            tasks[name] = task(chain, direction, cotangents)
-        values = None
+            elapsed = time.perf_counter() - start
+            try:
+                errors = gate.check(name, values, plain, group.exact, steps)
+            except gate.Disagreement as wrong:
+                outcome.refused[contender] = str(wrong)
+                continue
+            if own:
+                outcome.errors[contender] = errors
+            if not timed:
+                continue
+            if direction in WITH_GRADIENTS and own:
+                outcome.saved_bytes[contender] = saved_bytes(chain)
+            if elapsed > ONCE_SECONDS:
+                outcome.times[name] = [elapsed]
+            else:
+                tasks[name] = task(chain, direction, cotangents)
+    for contender in outcome.refused:  # all its variants
+        for name in [name for name in tasks if name.split(" as ")[0] == contender]:
+            del tasks[name]
+        outcome.times.pop(contender, None)
     if not timed:
         return outcome
     if bytes_moved is not None:
         tasks["copy"], moved = measure.copy_task(settings.device)
     effort = EFFORTS[settings.grid]
-    outcome.times = measure.interleave(tasks, settings.device, effort, bytes_moved is not None)
+    outcome.times |= measure.interleave(tasks, settings.device, effort, bytes_moved is not None)
     if bytes_moved is not None:
         copy = outcome.times.pop("copy")
         outcome.copy_gbps = moved / measure.median(copy) / 1e9
@@ -137,6 +216,8 @@ def task(chain: Chain, direction: str, cotangents: tuple[Tensor, ...]) -> measur
     """The direction of a contender as something to time."""
     if direction not in WITH_GRADIENTS:
         return measure.Task(lambda _: chain.run(), context=lambda: _evaluating(chain))
+    if direction == "training":
+        return measure.Task(training_step(chain), context=chain.context)
     if direction == "backward":
         return measure.Task(
             lambda outputs: torch.autograd.grad(outputs, chain.leaves, cotangents),
@@ -147,6 +228,56 @@ def task(chain: Chain, direction: str, cotangents: tuple[Tensor, ...]) -> measur
         lambda _: torch.autograd.grad(chain.run(), chain.leaves, cotangents),
         context=chain.context,
     )
+
+
+def training_step(chain: Chain) -> Callable[[object], None]:
+    """A step of Adam on the negative log-density of a layer's points, y being standard normal.
+
+    The points' gradient is computed too, as in any layer of a flow but the first. The rate is too
+    small for the weights to go anywhere in thousands of steps on the same points.
+    """
+    point, *parameters = chain.leaves
+    optimiser = torch.optim.Adam(parameters, lr=1e-7)
+
+    def step(_: object) -> None:
+        point.grad = None
+        optimiser.zero_grad()
+        y, ladj = chain.run()
+        ((y * y).sum(-1) / 2 - ladj).mean().backward()
+        optimiser.step()
+
+    return step
+
+
+def show(
+    benchmark: BenchmarkFixture, outcome: Comparison, contender: str, facts: dict[str, object]
+) -> None:
+    """Makes a benchmark of a contender's share of a comparison; skips or fails without one."""
+    if contender in outcome.absent:
+        pytest.skip(outcome.absent[contender])
+    if contender in outcome.refused:
+        pytest.fail(outcome.refused[contender], pytrace=False)
+    if not benchmark.enabled:
+        benchmark(lambda: None)
+        return
+    times = outcome.times[contender]
+    seconds = measure.median(times)
+    benchmark.extra_info.update(
+        facts,
+        contender=contender,
+        backend=contender.removeprefix(LIBRARY) if contender.startswith(LIBRARY) else None,
+        median_seconds=seconds,
+        rounds=len(times),
+        speedup_over=outcome.speedups(contender),
+        errors=outcome.errors[contender],
+        saved_bytes=outcome.saved_bytes.get(contender),
+        copy_gbps=outcome.copy_gbps,
+        share_of_copy=outcome.share_of_copy.get(contender),
+        gflops=facts["flops"] / seconds / 1e9,
+    )
+    if facts.get("bytes_moved"):
+        benchmark.extra_info["gbps"] = facts["bytes_moved"] / seconds / 1e9
+    benchmark.pedantic(CLOCK.player(times), rounds=len(times))
 
 
 @contextmanager

@@ -27,7 +27,8 @@ class Effort:
     Arguments:
         seconds: time for all rounds together, as far as min_rounds permits.
         slice: a contender's turn is repeated until it takes about this long, in seconds.
-        min_rounds, max_rounds: bounds of the number of rounds.
+        min_rounds, max_rounds: bounds of the number of rounds; one that takes a large part of the
+            time for a single call takes part in the first few.
     """
 
     seconds: float
@@ -50,6 +51,9 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds per call of every task, one figure per round; rounds of different tasks pair up.
 
+    A task whose call takes more than a quarter of the time for all rounds takes part in the first
+    rounds only, as many as fit into that time, but at least one.
+
     Arguments:
         tasks: by name.
         device: where they compute. On a GPU, events on the current stream read the time.
@@ -58,14 +62,18 @@ def interleave(
     """
     evict = _evictor(device) if cold else None
     read = _cuda_seconds if device.type == "cuda" else _cpu_seconds
-    repeats, round_seconds = {}, 0.0
+    repeats, turns, round_seconds = {}, {}, 0.0
     for name, task in tasks.items():
         with task.context():
-            read(task, 2, evict)  # the first calls load code and fill the allocator's pool
+            elapsed = _elapsed(read, task, evict)  # the first call loads code, fills pools
+            if elapsed > effort.seconds / 4:
+                repeats[name], turns[name] = 1, max(1, int(effort.seconds / elapsed))
+                continue
+            read(task, 1, evict)
             elapsed = min(_elapsed(read, task, evict) for _ in range(2))
         repeats[name] = max(1, min(1000, round(effort.slice / elapsed)))
         round_seconds += repeats[name] * elapsed
-    rounds = int(effort.seconds / round_seconds)
+    rounds = int(effort.seconds / round_seconds) if round_seconds else effort.min_rounds
     rounds = max(effort.min_rounds, min(effort.max_rounds, rounds))
 
     times: dict[str, list[float]] = {name: [] for name in tasks}
@@ -74,9 +82,9 @@ def interleave(
     gc.collect()
     gc.disable()
     try:
-        for _ in range(rounds):
+        for number in range(rounds):
             shuffle(order)
-            for name in order:
+            for name in (name for name in order if number < turns.get(name, rounds)):
                 with tasks[name].context():
                     if repeats[name] > 1:
                         read(tasks[name], 1, evict)  # do not charge this one for its rival's caches
@@ -125,8 +133,10 @@ def median(times: list[float]) -> float:
 
 
 def ratio(numerator: list[float], denominator: list[float]) -> dict[str, float]:
-    """Median and quartiles, over rounds, of the ratio within a round."""
-    ratios = [a / b for a, b in zip(numerator, denominator, strict=True)]
+    """Median and quartiles, over the rounds that both took part in, of the ratio within a round."""
+    ratios = [a / b for a, b in zip(numerator, denominator)]
+    if len(ratios) == 1:
+        return {"median": ratios[0], "q1": ratios[0], "q3": ratios[0]}
     low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return {"median": median, "q1": low, "q3": high}
 

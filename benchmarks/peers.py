@@ -1,7 +1,8 @@
 """The peers that fastflow is measured against, as a competent researcher would write or use them.
 
 Every contender is a `Chain`: a zero-argument `run`, the leaves it is differentiated in, and the way
-back from the gradients of its leaves to those of (z, w, u, b). Weights are the same in all of them.
+back from the gradients of its leaves to named ones, here those of (z, w, u, b). Weights are the same
+in all of them.
 """
 
 from __future__ import annotations
@@ -29,15 +30,17 @@ class Chain:
 
     Arguments:
         run: computes (z_K, ladj), or (z, ladj) for an inverse.
-        leaves: what gradients are taken in.
-        collect: the gradients of the leaves as those of z, w, u and b.
+        leaves: what gradients are taken in; the first one is z.
+        collect: the gradients of the leaves as those that `names` names.
         context: what must be in force while it runs.
+        names: of the gradients that `collect` returns.
     """
 
     run: Callable[[], tuple[Tensor, Tensor]]
     leaves: Sequence[Tensor]
     collect: Callable[[Sequence[Tensor]], tuple[Tensor, ...]] = tuple
     context: Callable[[], AbstractContextManager] = nullcontext
+    names: tuple[str, ...] = ("dz", "dw", "du", "db")
 
 
 def of_function(

@@ -21,7 +21,7 @@ import measure  # noqa: E402
 import peers  # noqa: E402
 import report  # noqa: E402
 from bench_planar_flow import SHORT, SMOKE, Case, exact_results  # noqa: E402
-from comparison import Settings, compare, results  # noqa: E402
+from comparison import Group, Settings, compare, results  # noqa: E402
 
 CPU = torch.device("cpu")
 NAMES = ("z_K", "ladj")
@@ -36,16 +36,16 @@ def cotangents(inputs):
 def compare_with_eager(function, direction="forward_backward", timed=False):
     inputs = SHARED.inputs(CPU)
     given = cotangents(inputs)
+    builders = {
+        "eager": lambda: peers.of_function(peers.eager_planar, inputs),
+        "candidate": lambda: peers.of_function(function, inputs),
+    }
     return compare(
-        {
-            "eager": lambda: peers.of_function(peers.eager_planar, inputs),
-            "candidate": lambda: peers.of_function(function, inputs),
-        },
+        [Group(builders, None, exact_results(inputs, direction, NAMES, given))],
         {},
         direction,
         NAMES,
         given,
-        exact_results(inputs, direction, NAMES, given),
         SHARED.K,
         Settings(CPU, "smoke"),
         timed=timed,
