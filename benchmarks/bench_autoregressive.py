@@ -231,9 +231,8 @@ def expected(
     """What plain PyTorch returns, in the precision of the network."""
     given = tuple(cotangent.to(network.tensors["x"]) for cotangent in cotangents)
     if direction in INVERSE:
-        return masked_peers.inverse_and_gradients(
-            network, given if "backward" in direction else None
-        )
+        differentiated = direction in WITH_GRADIENTS
+        return masked_peers.inverse_and_gradients(network, given if differentiated else None)
     return results(
         masked_peers.of_function(network, masked_peers.eager), direction, outputs(direction), given
     )

@@ -419,7 +419,7 @@ def _of_module(
         network: the numbers.
         layout: where the module has them.
         holders: its masked layers, first to last.
-        own_context: its layer for the context; None if there is none, or x and the context are joined.
+        own_context: its layer for the context; None if there is none or the context is joined to x.
         run: its direction, a function of x and the context.
     """
     t = network.tensors

@@ -19,6 +19,9 @@ from typing import Any
 
 import torch
 
+LONG = 0.5
+"""Seconds of a call, from which on it is not worth all the rounds."""
+
 
 @dataclass(frozen=True)
 class Effort:
@@ -27,8 +30,7 @@ class Effort:
     Arguments:
         seconds: time for all rounds together, as far as min_rounds permits.
         slice: a contender's turn is repeated until it takes about this long, in seconds.
-        min_rounds, max_rounds: bounds of the number of rounds; one that takes a large part of the
-            time for a single call takes part in the first few.
+        min_rounds, max_rounds: bounds of the number of rounds.
     """
 
     seconds: float
@@ -51,8 +53,8 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds per call of every task, one figure per round; rounds of different tasks pair up.
 
-    A task whose call takes more than a quarter of the time for all rounds takes part in the first
-    rounds only, as many as fit into that time, but at least one.
+    A task whose call is `LONG` takes part in the first rounds only: as many as fit into the seconds
+    of the effort, but at least one.
 
     Arguments:
         tasks: by name.
@@ -66,7 +68,7 @@ def interleave(
     for name, task in tasks.items():
         with task.context():
             elapsed = _elapsed(read, task, evict)  # the first call loads code, fills pools
-            if elapsed > effort.seconds / 4:
+            if elapsed > LONG:
                 repeats[name], turns[name] = 1, max(1, int(effort.seconds / elapsed))
                 continue
             read(task, 1, evict)

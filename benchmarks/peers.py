@@ -1,8 +1,8 @@
 """The peers that fastflow is measured against, as a competent researcher would write or use them.
 
 Every contender is a `Chain`: a zero-argument `run`, the leaves it is differentiated in, and the way
-back from the gradients of its leaves to named ones, here those of (z, w, u, b). Weights are the same
-in all of them.
+back from the gradients of its leaves to named ones, here those of (z, w, u, b). The weights are the
+same in all of them.
 """
 
 from __future__ import annotations

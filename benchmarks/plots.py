@@ -1,4 +1,4 @@
-"""The picture of a benchmark run: speed-ups on a logarithmic axis."""
+"""The pictures of a benchmark run: speed-ups, and how the cost of an inverse grows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullLocator
-from runs import DIRECTIONS, RIVALS, Run
+from runs import DIRECTIONS, RIVALS, SWEEP_OPS, Row, Run
 
 matplotlib.use("Agg")
 
@@ -18,15 +18,66 @@ COLOURS = {
     "eager": "#4c72b0",
     "hoisted": "#64b5cd",
     "compile": "#dd8452",
+    "jacobi": "#64b5cd",
+    "zuko": "#c44e52",
+    "nflows": "#ccb974",
     "normflows": "#55a868",
     "pyro": "#8172b3",
+    "dense": "#8c8c8c",
 }
-MARKERS = {"eager": "o", "hoisted": "v", "compile": "s", "normflows": "^", "pyro": "D"}
+MARKERS = {
+    **{"eager": "o", "hoisted": "v", "compile": "s", "jacobi": "v", "dense": "|"},
+    **{"zuko": "P", "nflows": "X", "normflows": "^", "pyro": "D"},
+}
+OWN = "#222222"
 
 
 def plot(run: Run, op: str, path: Path) -> None:
+    """The picture of one op."""
+    draw = plot_sweep if op in SWEEP_OPS else plot_speedups
+    draw(run, op, path)
+
+
+def plot_sweep(run: Run, op: str, path: Path) -> None:
+    """The cost of the inverse against D, in passes of fastflow's other direction."""
+    rows = run.rows_of(op)
+    inverse = sorted((r for r in rows if r.direction == "inverse"), key=_features)
+    forward = sorted((r for r in rows if r.direction == "forward"), key=_features)
+    figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    unit = forward[0].fastest["median_seconds"]
+    for rival in (name for name in RIVALS if any(name in row.contenders for row in inverse)):
+        known = [row for row in inverse if rival in row.contenders]
+        costs = [row.contenders[rival]["median_seconds"] / unit for row in known]
+        style = {"color": COLOURS[rival], "marker": MARKERS[rival], "label": RIVALS[rival]}
+        axis.plot([_features(row) for row in known], costs, linewidth=1.2, markersize=5, **style)
+    for some, style, label in (
+        (inverse, "-", "fastflow"),
+        (forward, "--", "fastflow, other direction"),
+    ):
+        costs = [row.fastest["median_seconds"] / unit for row in some]
+        style = {"color": OWN, "linestyle": style, "marker": "o", "label": label}
+        axis.plot([_features(row) for row in some], costs, linewidth=2, markersize=4, **style)
+    axis.set(xscale="log", yscale="log", xlabel="D", ylabel="cost of one inverse")
+    axis.set_xticks([_features(row) for row in inverse], [str(_features(row)) for row in inverse])
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.grid(color="0.9", linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_title(
+        f"{inverse[0].case}, then D varies; 1: fastflow's parallel pass there\n{run.title}",
+        fontsize=9,
+    )
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _features(row: Row) -> int:
+    return row.fastest["D"]
+
+
+def plot_speedups(run: Run, op: str, path: Path) -> None:
     """Speed-ups of one op on a logarithmic axis: a panel per direction, a line per case."""
-    rows = [row for row in run.rows if row.op == op]
+    rows = run.rows_of(op)
     cases = list(dict.fromkeys(row.case for row in rows))
     directions = [name for name in DIRECTIONS if any(row.direction == name for row in rows)]
     figure, axes = plt.subplots(
@@ -63,7 +114,7 @@ def _draw_speedups(axis: Axes, line: int, over: dict[str, dict[str, float]]) -> 
         spread = [[value["median"] - value["q1"]], [value["q3"] - value["median"]]]
         drawn[rival] = axis.errorbar(
             value["median"],
-            line + 0.18 * (place - (len(known) - 1) / 2),
+            line + min(0.18, 0.9 / len(known)) * (place - (len(known) - 1) / 2),
             xerr=spread,
             fmt=MARKERS[rival],
             color=COLOURS[rival],

@@ -18,20 +18,47 @@ import sys
 from pathlib import Path
 
 from plots import plot
-from runs import DIRECTIONS, RIVALS, ReportError, Row, Run, load, save
+from runs import (
+    DIRECTIONS,
+    FLOORS,
+    RIVALS,
+    SWEEP_OPS,
+    ReportError,
+    Row,
+    Run,
+    load,
+    save,
+)
 from tabulate import tabulate
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 SLOWER = "▼"
-README_CASES = 4  # the whole short grid but for its large cases
-README_DIRECTIONS = ("forward_backward", "inverse")
+ONCE = "†"
+README_CASES = {"planar_flow": 4, "autoregressive": 5}  # of the short grid
+README_DIRECTIONS = {
+    "planar_flow": ("forward_backward", "inverse"),
+    "autoregressive": ("training", "inverse"),
+}
 LEGEND = (
     "Speed-up: the other's time over that of fastflow's fastest backend, the median of rounds in "
     f"which they take turns. Below 1 fastflow is slower: **bold**, {SLOWER}. "
-    "PyTorch: the same chain in plain PyTorch, step by step; hoisted: what does not depend on z "
-    "computed once for all steps, which is also what torch.compile gets; for the inverse, which no "
-    "peer has, Newton's method in plain PyTorch. Forward: without gradients."
+    f"{ONCE}: so slow that it was timed once. Forward: without gradients."
 )
+LEGENDS = {
+    "planar_flow": (
+        "planar_flow. PyTorch: the same chain in plain PyTorch, step by step; hoisted: what does "
+        "not depend on z computed once for all steps, which is also what torch.compile gets; for "
+        "the inverse, which no peer has, Newton's method in plain PyTorch."
+    ),
+    "autoregressive": (
+        "autoregressive. B rows, D features, H hidden layers, C context: one layer of a MAF or an "
+        "IAF, with the same masks and weights in all libraries, fastflow's with the scale map of "
+        "each. PyTorch: masks multiplied in, for the inverse D passes, as in the libraries; fixed "
+        "point: passes until nothing changes any more, which depends on the weights. Dense: a "
+        "network of the same widths without masks, no rival but a floor. normflows: with residual "
+        "blocks, as it has no plain network. Training step: Adam, and the gradient of the points."
+    ),
+}
 COPY_LEGEND = (
     "Of copy: the bytes that must be moved at least, per second, in proportion to a plain copy in "
     "the same run; for cases larger than the caches."
@@ -45,12 +72,15 @@ def figure(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def speedup(entry: dict, rival: str) -> str:
+def speedup(entry: dict, rival: str, once: bool = False) -> str:
     """A cell of the table."""
     if rival not in entry["speedup_over"]:
         return "–"
     value = entry["speedup_over"][rival]["median"]
-    return f"{figure(value)}x" if value >= 1 else f"**{figure(value)}x** {SLOWER}"
+    mark = f" {ONCE}" if once else ""
+    if value >= 1 or rival in FLOORS:
+        return f"{figure(value)}x{mark}"
+    return f"**{figure(value)}x** {SLOWER}{mark}"
 
 
 def duration(seconds: float) -> str:
@@ -70,7 +100,9 @@ def summary(run: Run, rows: list[Row]) -> str:
             "direction": DIRECTIONS[row.direction],
             "backend": best["backend"],
         }
-        line |= {RIVALS[rival]: speedup(best, rival) for rival in shown}
+        for rival in shown:
+            once = row.contenders.get(rival, {}).get("rounds") == 1
+            line[RIVALS[rival]] = speedup(best, rival, once)
         if copied:
             share = best["share_of_copy"]
             line["of copy"] = "–" if share is None else f"{100 * share:.0f}%"
@@ -92,9 +124,11 @@ def details(run: Run) -> str:
                 f"{figure(spread['q1'])} – {figure(spread['q3'])}" if spread else "–"
             )
             line["largest error"] = f"{max(entry['errors'].values()):.1e}"
+            kept = entry.get("saved_bytes")
+            line["kept for backward"] = "–" if kept is None else f"{figure(kept / 2**20)} MiB"
             if run.on_gpu:
                 line["time"] = duration(entry["median_seconds"])
-                line["GB/s"] = figure(entry["gbps"])
+                line["GB/s"] = figure(entry["gbps"]) if "gbps" in entry else "–"
             lines.append(line)
     return table(lines)
 
@@ -116,17 +150,25 @@ def versions(run: Run) -> str:
 
 def section(run: Run, pictures: list[Path], base: Path) -> str:
     """Heading, pictures and table of a run; pictures are linked relative to a folder."""
-    parts = [heading(run, pictures, base), summary(run, run.rows), versions(run)]
-    return "\n\n".join(parts)
+    tables = [summary(run, run.rows_of(op)) for op in run.ops]
+    return "\n\n".join([heading(run, pictures, base), *tables, versions(run)])
 
 
 def excerpt(run: Run, pictures: list[Path], page: Path, base: Path) -> str:
     """A section with the first few rows, and a line that says where all of them are."""
-    cases = list(dict.fromkeys(row.case for row in run.rows))[:README_CASES]
-    rows = [row for row in run.rows if row.case in cases and row.direction in README_DIRECTIONS]
+    tables = [
+        summary(run, rows) for op in run.ops if op not in SWEEP_OPS and (rows := first(run, op))
+    ]
     link = f"[{page.name}]({os.path.relpath(page, base)})"
     rest = f"All {len(run.rows)} rows, with errors and spreads, are in {link}. {slower(run)}"
-    return "\n\n".join([heading(run, pictures, base), summary(run, rows), rest, versions(run)])
+    return "\n\n".join([heading(run, pictures, base), *tables, rest, versions(run)])
+
+
+def first(run: Run, op: str) -> list[Row]:
+    """The rows of an op for the README."""
+    rows = run.rows_of(op)
+    cases = list(dict.fromkeys(row.case for row in rows))[: README_CASES[op]]
+    return [row for row in rows if row.case in cases and row.direction in README_DIRECTIONS[op]]
 
 
 def heading(run: Run, pictures: list[Path], base: Path) -> str:
@@ -140,6 +182,7 @@ def slower(run: Run) -> str:
         (f"{row.case} {DIRECTIONS[row.direction]} against {RIVALS[rival]}", ratio["median"])
         for row in run.rows
         for rival, ratio in row.fastest["speedup_over"].items()
+        if rival not in FLOORS
     ]
     lost = [f"{what} ({figure(value)}x)" for what, value in over if value < 1]
     named = f": {', '.join(lost)}" if lost else ""
@@ -164,11 +207,13 @@ def write(runs: list[Run], out: Path, readme: Path | None) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     pictures: dict[str, list[Path]] = {}
     for run in runs:
-        for op in dict.fromkeys(row.op for row in run.rows):
+        for op in run.ops:
             picture = out / f"{op}-{run.name}.png"
             plot(run, op, picture)
             pictures.setdefault(run.name, []).append(picture)
-    parts = ["# Benchmarks", f"{LEGEND} {COPY_LEGEND}"]
+    ops = dict.fromkeys(op for run in runs for op in run.ops)
+    legends = [LEGEND, *(LEGENDS[op] for op in ops if op in LEGENDS)]
+    parts = ["# Benchmarks", *legends, COPY_LEGEND]
     for run in runs:
         parts += [section(run, pictures[run.name], out), "#### All contenders", details(run)]
     page = out / "report.md"
@@ -185,7 +230,7 @@ def write(runs: list[Run], out: Path, readme: Path | None) -> list[Path]:
         except OSError as failure:
             raise ReportError(f"{readme}: {failure.strerror}") from None
         sections = [excerpt(run, pictures[run.name], page, readme.parent) for run in runs]
-        readme.write_text(replace_between_marks(text, "\n\n".join([*sections, LEGEND])))
+        readme.write_text(replace_between_marks(text, "\n\n".join([*sections, *legends])))
         written.append(readme)
     return written
 

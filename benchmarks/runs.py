@@ -10,15 +10,25 @@ RIVALS = {
     "eager": "PyTorch",
     "hoisted": "PyTorch, hoisted",
     "compile": "torch.compile",
+    "jacobi": "PyTorch, fixed point",
+    "zuko": "zuko",
+    "nflows": "nflows",
     "normflows": "normflows",
     "pyro": "Pyro",
+    "dense": "dense (floor)",
 }
+FLOORS = ("dense",)
+"""No rivals: they compute less."""
 DIRECTIONS = {
     "forward": "forward",
     "backward": "backward",
     "forward_backward": "forward + backward",
+    "training": "training step",
     "inverse": "inverse",
+    "inverse_backward": "inverse + backward",
 }
+SWEEP_OPS = ("autoregressive_inverse_by_D",)
+"""Whose cases differ in D alone: a curve."""
 
 
 class ReportError(Exception):
@@ -52,6 +62,13 @@ class Run:
     @property
     def name(self) -> str:
         return self.source.stem
+
+    @property
+    def ops(self) -> list[str]:
+        return list(dict.fromkeys(row.op for row in self.rows))
+
+    def rows_of(self, op: str) -> list[Row]:
+        return [row for row in self.rows if row.op == op]
 
     @property
     def on_gpu(self) -> bool:

@@ -1,5 +1,6 @@
 """The benchmarks' own laws: a wrong answer is never timed, the report says what was measured."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -16,12 +17,17 @@ for library in ("matplotlib", "tabulate", "pytest_benchmark"):
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import bench_autoregressive as masked  # noqa: E402
 import gate  # noqa: E402
+import masked_peers  # noqa: E402
 import measure  # noqa: E402
 import peers  # noqa: E402
 import report  # noqa: E402
 from bench_planar_flow import SHORT, SMOKE, Case, exact_results  # noqa: E402
-from comparison import Group, Settings, compare, results  # noqa: E402
+from comparison import Group, Settings, compare, results, saved_bytes  # noqa: E402
+
+from fastflow import scales  # noqa: E402
+from fastflow.reference import scales as reference_scales  # noqa: E402
 
 CPU = torch.device("cpu")
 NAMES = ("z_K", "ladj")
@@ -123,6 +129,19 @@ class TestMeasure:
         times = measure.interleave(tasks, CPU, effort)
         assert len(times["a"]) == 3 and max(times["a"]) < 0.005
 
+    def test_a_long_call_takes_part_in_the_first_rounds_only(self, monkeypatch):
+        monkeypatch.setattr(measure, "LONG", 0.02)
+        effort = measure.Effort(seconds=0.1, slice=1e-4, min_rounds=5, max_rounds=5)
+        tasks = {
+            name: measure.Task(lambda _, seconds=seconds: time.sleep(seconds))
+            for name, seconds in {"quick": 0.0, "long": 0.04, "longest": 0.15}.items()
+        }
+        times = measure.interleave(tasks, CPU, effort)
+        assert len(times["quick"]) == 5 and 1 <= len(times["long"]) <= 2
+        assert len(times["longest"]) == 1
+        ratio = measure.ratio(times["longest"], times["quick"])
+        assert ratio["q1"] == ratio["median"] == ratio["q3"] > 1
+
     def test_ratio_pairs_the_rounds(self):
         slow_then_fast = [4.0, 40.0, 400.0], [1.0, 10.0, 100.0]
         assert measure.ratio(*slow_then_fast) == {"median": 4.0, "q1": 4.0, "q3": 4.0}
@@ -182,13 +201,132 @@ class TestPeers:
         assert not torch.equal(before, after)
 
 
+PLAIN_NETWORK, WITH_CONTEXT = masked.SMOKE[1], masked.SMOKE[0]
+MASKED_DIRECTIONS = [*masked.PARALLEL, *masked.INVERSE]
+
+
+def compare_masked(monkeypatch, members, direction, case=WITH_CONTEXT, timed=False):
+    """A comparison of the masked layer with some contenders only."""
+    monkeypatch.setattr(masked, "contenders", lambda *_: members)
+    return masked.run_comparison(case, direction, Settings(CPU, "smoke"), timed)
+
+
+def ignores_a_mask(network, t):
+    dense = torch.ones_like(network.masks[1])
+    masks = [network.masks[0], dense, *network.masks[2:]]
+    return masked_peers.eager(dataclasses.replace(network, masks=masks), t)
+
+
+def stops_one_pass_early(network, t):
+    x = torch.zeros_like(t["x"])
+    for _ in range(x.shape[-1] - 1):
+        m, log_s = masked_peers.outputs(network, t, x)
+        x = (t["x"] - m) * (-log_s).exp()
+    return x, -log_s.sum(-1)
+
+
+def adds_to_ladj(network, t):
+    y, ladj = masked_peers.eager(network, t)
+    return y, ladj + 1e-4
+
+
+class TestMaskedPeers:
+    @pytest.mark.parametrize("direction", MASKED_DIRECTIONS)
+    @pytest.mark.parametrize("case", [PLAIN_NETWORK, WITH_CONTEXT], ids=str)
+    @pytest.mark.parametrize("rival", ["eager", "dense", "jacobi", *masked.PEERS])
+    def test_agree_with_fastflow(self, rival, case, direction, monkeypatch):
+        if rival not in masked.contenders(case, direction, "cpu"):
+            pytest.skip("it does not know this case")
+        if rival in masked.MODULES:
+            pytest.importorskip(masked.MODULES[rival])
+        members = ["fastflow-reference", rival]
+        outcome = compare_masked(monkeypatch, members, direction, case)
+        assert not outcome.refused and not outcome.absent
+        assert set(members) <= set(outcome.errors)
+
+    @pytest.mark.parametrize(
+        ("wrong", "direction"),
+        [
+            (ignores_a_mask, "forward"),
+            (ignores_a_mask, "training"),
+            (adds_to_ladj, "forward_backward"),
+            (stops_one_pass_early, "inverse"),
+            (stops_one_pass_early, "inverse_backward"),
+        ],
+    )
+    def test_a_wrong_answer_is_refused_and_not_timed(self, wrong, direction, monkeypatch):
+        builder = masked.builder
+
+        def planted(contender, network, inverse):
+            if contender == "eager":
+                return lambda: masked_peers.of_function(network, wrong)
+            return builder(contender, network, inverse)
+
+        monkeypatch.setattr(masked, "builder", planted)
+        members = ["fastflow-reference", "eager"]
+        outcome = compare_masked(monkeypatch, members, direction, timed=True)
+        assert "no time is reported" in outcome.refused["eager"]
+        assert list(outcome.times) == ["fastflow-reference"]
+
+    def test_a_backend_that_is_wrong_in_one_form_is_not_timed_in_any(self, monkeypatch):
+        pytest.importorskip("nflows")
+        step = reference_scales.step
+
+        def wrong(x, m, a, scale, c0, c1):
+            y, log_s = step(x, m, a, scale, c0, c1)
+            return y, log_s + 1e-3 * (scale == scales.Softplus.number)
+
+        monkeypatch.setattr(reference_scales, "step", wrong)
+        members = ["fastflow-reference", "eager", "nflows"]
+        outcome = compare_masked(monkeypatch, members, "forward", timed=True)
+        assert "fastflow-reference as nflows" in outcome.refused["fastflow-reference"]
+        assert sorted(outcome.times) == ["eager", "nflows"]
+
+    def test_a_rival_is_compared_with_its_own_form(self, monkeypatch):
+        pytest.importorskip("pyro")
+        members = ["fastflow-reference", "eager", "pyro"]
+        outcome = compare_masked(monkeypatch, members, "forward", timed=True)
+        twin = outcome.times["fastflow-reference as pyro"]
+        speedups = outcome.speedups("fastflow-reference")
+        assert speedups["pyro"] == measure.ratio(outcome.times["pyro"], twin)
+        assert set(speedups) == {"eager", "pyro"}
+
+    @pytest.mark.parametrize("rival", masked.PEERS)
+    def test_absent_peers_are_left_out_with_a_reason(self, rival, monkeypatch):
+        monkeypatch.setattr(peers, "missing", lambda library: f"{library} is not installed")
+        case = PLAIN_NETWORK
+        reason = masked.absence(rival, case, "forward", Settings(CPU, "smoke"))
+        assert reason == f"{rival} is not installed"
+
+    def test_implicit_gradients_are_those_of_the_unrolled_inverse(self):
+        network = PLAIN_NETWORK.network(masked.PLAIN, CPU).double()
+        given = cotangents([network.tensors["x"]])
+        implicit = masked_peers.inverse_and_gradients(network, given)
+        chain = masked_peers.of_function(network, masked_peers.eager_inverse)
+        unrolled = results(chain, "inverse_backward", ("x", "ladj"), given)
+        torch.testing.assert_close(implicit, unrolled)
+
+    def test_memory_for_backward_is_what_a_pass_keeps(self):
+        x, w = torch.randn(100, 7, requires_grad=True), torch.randn(7, 7, requires_grad=True)
+        chain = peers.Chain(lambda: ((x @ w).exp(), x.sum(-1)), [x, w])
+        assert saved_bytes(chain) == 100 * 7 * 4  # what exp returns; x and w are there anyway
+
+
 FACTS = {"device_name": "Some Chip", "threads": 2, "cores": 2, "torch": "2.11.0"}
 FACTS |= {"python": "3.12.0", "fastflow": "0.1.0"}
 
 
-def entry(contender, direction="forward", case=SHARED, seconds=1e-3, over=None, share=None):
+def entry(
+    contender,
+    direction="forward",
+    case=SHARED,
+    seconds=1e-3,
+    over=None,
+    share=None,
+    op="planar_flow",
+):
     own = {
-        "op": "planar_flow",
+        "op": op,
         "case": str(case),
         "direction": direction,
         "contender": contender,
@@ -199,6 +337,7 @@ def entry(contender, direction="forward", case=SHARED, seconds=1e-3, over=None, 
             for rival, value in (over or {}).items()
         },
         "errors": {"z_K": 1e-7, "ladj": 2e-7},
+        "D": case.D,
         "gbps": 1.0,
         "share_of_copy": share,
     }
@@ -272,6 +411,33 @@ class TestReport:
         assert "All 27 rows, with errors and spreads, are in [report.md](report.md)" in text
         assert "slower in 12 of 27 comparisons: shared-B100-D2-K1 forward against" in text
         assert (tmp_path / "report.md").read_text().count("| shared-") == 54
+
+    def test_draws_the_inverse_against_d(self, write_json, tmp_path):
+        path = write_json(
+            *(
+                entry("fastflow-cpp", direction, case, over={"eager": 2.0}, op=masked.SWEEP_OP)
+                for case in masked.SWEEP["smoke"]
+                for direction in case.directions
+            )
+        )
+        readme = tmp_path / "README.md"
+        readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+        assert report.main([str(path), "--out", str(tmp_path), "--readme", str(readme)]) == 0
+        picture = f"{masked.SWEEP_OP}-cpu.png"
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+        assert f"({picture})" in readme.read_text() and "| B8-D2-" not in readme.read_text()
+        assert "| B8-D2-" in (tmp_path / "report.md").read_text()
+
+    def test_marks_what_was_timed_once_and_counts_no_floor_as_a_rival(self, write_json):
+        over = {"nflows": 50.0, "dense": 0.5}
+        own = entry("fastflow-cpp", "inverse", PLAIN_NETWORK, over=over, op=masked.OP)
+        nflows = entry("nflows", "inverse", PLAIN_NETWORK, op=masked.OP)
+        nflows["extra_info"]["rounds"] = 1
+        dense = entry("dense", "inverse", PLAIN_NETWORK, op=masked.OP)
+        run = report.load(write_json(own, nflows, dense))
+        line = report.summary(run, run.rows).splitlines()[2]
+        assert "| 50.0x † " in line and "| 0.50x " in line
+        assert report.slower(run) == "fastflow is slower in 0 of 1 comparisons."
 
     def test_keeps_the_figures_it_was_made_from(self, write_json, tmp_path):
         path = write_json(entry("fastflow-cpp", over={"eager": 2.0 / 3}), entry("eager"))
