@@ -51,7 +51,7 @@ phase() {
   echo "== $name (at most $seconds s)" | tee -a "$out/$log"
   timeout --signal=INT --kill-after=15 "$seconds" "$@" >>"$out/$log" 2>&1
   status=$?
-  phases+=("$(printf '%-12s exit %3d  %4d s' "$name" "$status" $((SECONDS - begin)))")
+  phases+=("$(printf '%-20s exit %3d  %4d s' "$name" "$status" $((SECONDS - begin)))")
   [ "$status" -ne 124 ] || phases+=("             out of time")
   [ "$status" -eq 0 ] || failures=$((failures + 1))
   return "$status"
@@ -108,13 +108,18 @@ if wants tests; then
 fi
 
 if wants bench; then
-  seconds=$(left "$report_seconds")
-  phase bench "$seconds" bench.log \
-    "${pytest[@]}" benchmarks/ --benchmark-only -ra -p no:cacheprovider \
-    --bench-device "$device" --bench-seconds $((seconds * 3 / 4)) \
-    --benchmark-columns=median,iqr,rounds --benchmark-json "$out/$device.json"
+  numbers=()
+  for op in planar_flow autoregressive; do # in two halves, so that neither uses up the other's time
+    seconds=$(left "$report_seconds")
+    [ "$op" = autoregressive ] || seconds=$((seconds / 2))
+    phase "bench $op" "$seconds" bench.log \
+      "${pytest[@]}" "benchmarks/bench_$op.py" --benchmark-only -ra -p no:cacheprovider \
+      --bench-device "$device" --bench-seconds $((seconds * 3 / 4)) \
+      --benchmark-columns=median,iqr,rounds --benchmark-json "$out/$device-$op.json"
+    [ -s "$out/$device-$op.json" ] && numbers+=("$out/$device-$op.json")
+  done
   phase report "$report_seconds" bench.log \
-    python3 benchmarks/report.py "$out/$device.json" --out "$out"
+    python3 benchmarks/report.py "${numbers[@]}" --out "$out"
 fi
 
 # last_line LOG: how pytest closed
@@ -125,7 +130,7 @@ last_line() {
 {
   printf '%s\n' "${phases[@]}"
   echo "tests: $(last_line tests.log)"
-  echo "bench: $(last_line bench.log)"
+  grep -E '[0-9]+ (passed|failed|error)' "$out/bench.log" 2>/dev/null | sed 's/^/bench: /'
   cat "$out"/{tests,bench}.log 2>/dev/null | grep -E '^(FAILED|ERROR|SKIPPED)' | head -40
   [ -f "$out/report.md" ] && sed '/^#### All/,$d' "$out/report.md"
 } | cut -c1-200 | tee "$out/summary.txt"

@@ -252,8 +252,8 @@ def inverse_and_gradients(
 ) -> dict[str, Tensor]:
     """What the inverse must return, without D passes: fixed points both ways.
 
-    With x = f^-1(y), J = df/dx and gx the cotangent of x, dy solves J' dy = gx. J is triangular
-    with the scales on its diagonal, so dy <- dy + (gx - J' dy) / s ends after D rounds at most.
+    With x = f^-1(y) and gx the cotangent of x, dy solves J' dy = gx, where J = df/dx = diag(s) + N.
+    N is strictly triangular, so dy <- (gx - N' dy) / s no longer changes after D rounds at most.
 
     Arguments:
         network: at y.
@@ -265,16 +265,15 @@ def inverse_and_gradients(
     if cotangents is None:
         return found
     leaves = {name: t.detach().requires_grad_() for name, t in network.at(x).tensors.items()}
-    y, ladj = eager(network, leaves)
-    start = leaves["x"]
-    dx, dladj = cotangents
+    start, (dx, dladj) = leaves["x"], cotangents
+    m, l = outputs(network, leaves, start)  # noqa: E741
+    y, ladj, s = x * l.exp() + m, l.sum(-1), l.detach().exp()  # x is constant: dy/dx is N
     (through,) = torch.autograd.grad(ladj, start, -dladj, retain_graph=True)
     gx = dx + through
-    s = outputs(network, leaves, start)[1].detach().exp()
     dy = gx / s
     for _ in range(x.shape[-1]):
         (product,) = torch.autograd.grad(y, start, dy, retain_graph=True)
-        before, dy = dy, dy + (gx - product) / s
+        before, dy = dy, (gx - product) / s
         if torch.equal(before, dy):
             break
     others = [leaf for name, leaf in leaves.items() if name != "x"]
