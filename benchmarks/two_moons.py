@@ -2,7 +2,8 @@
 
 Maximum likelihood needs the density of data, which IAF computes by the inverse of its layers;
 reverse KL needs samples with densities, for which MAF inverts its own. Either costs about what the
-other direction does. Writes two_moons.png and two_moons.json, and prints the table.
+other direction does. Writes two_moons.png and two_moons.json, and prints
+the table. The picture needs matplotlib, which the extra `vae` brings.
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ def draw(target: Target, trained: dict[str, fastflow.Flow], file: Path) -> None:
     figure, axes = pyplot.subplots(1, len(densities), figsize=(3 * len(densities), 3.4))
     top = float(densities["target"].max())
     for axis, (name, density) in zip(axes, densities.items()):
-        axis.imshow(density, origin="lower", extent=(-SIDE, SIDE) * 2, vmin=0, vmax=top)
+        axis.imshow(density.numpy(), origin="lower", extent=(-SIDE, SIDE) * 2, vmin=0, vmax=top)
         axis.set_title(name, fontsize=10)
         axis.set_xticks([])
         axis.set_yticks([])
