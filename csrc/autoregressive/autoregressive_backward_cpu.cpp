@@ -104,8 +104,8 @@ void backward_tile(const AutoregressiveArgs& args, const Network<T>& network,
 
 template <class T>
 void backward(const AutoregressiveArgs& args) {
-  const TileShape shape(args);
   const Network<T> network(args, args.batch >= kPackedRows);
+  const TileShape shape(args);
   backward_tiles(args, network, shape, [&](int64_t tile, T* cotangents, T* activations) {
     backward_tile(args, network, shape, tile, cotangents, activations);
   });
