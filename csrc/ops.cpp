@@ -25,7 +25,7 @@ STABLE_TORCH_LIBRARY(fastflow, m) {
       "int activation, bool residual, bool save) -> (Tensor y, Tensor saved)");
   m.def(
       "made_backward(Tensor dy, Tensor x, Tensor saved, Tensor[] weights, Tensor stairs, "
-      "int activation, bool residual, int term_layers, int bias_layers, bool x_grad, "
+      "int activation, bool residual, int terms_grad, int biases_given, bool x_grad, "
       "bool param_grads) "
       "-> (Tensor dx, Tensor[] dterms, Tensor[] dweights, Tensor[] dbiases)");
   m.def(
@@ -35,7 +35,7 @@ STABLE_TORCH_LIBRARY(fastflow, m) {
   m.def(
       "autoregressive_backward(Tensor dy, Tensor dladj, Tensor x, Tensor saved, Tensor[] weights, "
       "Tensor stairs, int activation, bool residual, int scale, float c0, float c1, "
-      "int term_layers, int bias_layers, bool x_grad, bool param_grads) "
+      "int terms_grad, int biases_given, bool x_grad, bool param_grads) "
       "-> (Tensor dx, Tensor[] dterms, Tensor[] dweights, Tensor[] dbiases)");
   m.def(
       "autoregressive_inverse(Tensor y, Tensor[] terms, Tensor[] weights, Tensor[] biases, "
@@ -44,6 +44,6 @@ STABLE_TORCH_LIBRARY(fastflow, m) {
   m.def(
       "autoregressive_inverse_backward(Tensor dx, Tensor dladj, Tensor x, Tensor saved, "
       "Tensor[] weights, Tensor stairs, int activation, bool residual, int scale, float c0, "
-      "float c1, int term_layers, int bias_layers, bool x_grad, bool param_grads) "
+      "float c1, int terms_grad, int biases_given, bool y_grad, bool param_grads) "
       "-> (Tensor dy, Tensor[] dterms, Tensor[] dweights, Tensor[] dbiases)");
 }

@@ -179,18 +179,15 @@ def _autoregressive_outputs(
 def _masked_gradients(
     x: Tensor, weights: Sequence[Tensor], wanted: tuple[int, int, bool, bool]
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-    term_layers, bias_layers, x_grad, param_grads = wanted
+    terms_grad, biases_given, x_grad, param_grads = wanted
     none, layers = x.new_empty(0), list(enumerate(weights))
     rows = x.shape[0]
     return (
         torch.empty_like(x) if x_grad else none.clone(),
-        [
-            x.new_empty(rows, w.shape[0]) if term_layers >> i & 1 else none.clone()
-            for i, w in layers
-        ],
+        [x.new_empty(rows, w.shape[0]) if terms_grad >> i & 1 else none.clone() for i, w in layers],
         [torch.empty_like(w) if param_grads else none.clone() for w in weights],
         [
-            x.new_empty(w.shape[0]) if param_grads and bias_layers >> i & 1 else none.clone()
+            x.new_empty(w.shape[0]) if param_grads and biases_given >> i & 1 else none.clone()
             for i, w in layers
         ],
     )

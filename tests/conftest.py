@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import pytest
@@ -37,6 +38,16 @@ class Target:
         """A batch size that takes no time and is no multiple of anything."""
         return 5 if self.slow else 67
 
+    @contextmanager
+    def in_force(self) -> Iterator[None]:
+        """Runs the enclosed calls with this backend, by the node or without it."""
+        before, node.enabled = node.enabled, self.node
+        try:
+            with fastflow.use_backend(self.backend):
+                yield
+        finally:
+            node.enabled = before
+
 
 def targets(op: str) -> list[Target]:
     """The backends that have an op, on every device here, with and without the node."""
@@ -50,10 +61,9 @@ def target_id(target: Target) -> str:
 
 
 @pytest.fixture(params=targets("planar_flow_forward"), ids=target_id)
-def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Target]:
+def target(request: pytest.FixtureRequest) -> Iterator[Target]:
     """Runs the test once for every backend, with that backend in force."""
-    monkeypatch.setattr(node, "enabled", request.param.node)
-    with fastflow.use_backend(request.param.backend):
+    with request.param.in_force():
         yield request.param
 
 

@@ -30,7 +30,7 @@ by_name = pytest.mark.parametrize("scale", SCALES, ids=str)
 
 @pytest.fixture(params=targets("autoregressive_inverse"), ids=target_id)
 def target(request: pytest.FixtureRequest) -> Target:
-    with fastflow.use_backend(request.param.backend):
+    with request.param.in_force():
         yield request.param
 
 
@@ -65,7 +65,7 @@ def compare(
     """Values and all gradients, against the dense masked network in float64 with D passes."""
     ours = moderate(given).to(target.device, dtype)
     exact = ours.to("cpu").to(torch.float64)
-    with fastflow.use_backend(target.backend):
+    with target.in_force():
         found, wanted = apply(direction, ours, scale, **options), oracle(direction, exact, scale)
         cotangents = [torch.randn_like(one) for one in wanted]
         grads = torch.autograd.grad(found, ours.leaves, [c.to(found[0]) for c in cotangents])

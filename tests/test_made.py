@@ -18,7 +18,7 @@ from fastflow.functional import made, masked_linear
 
 @pytest.fixture(params=targets("made_forward"), ids=target_id)
 def target(request: pytest.FixtureRequest) -> Target:
-    with fastflow.use_backend(request.param.backend):
+    with request.param.in_force():
         yield request.param
 
 

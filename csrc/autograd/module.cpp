@@ -7,7 +7,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
-#include <array>
+#include <cctype>
 #include <optional>
 #include <sstream>
 #include <string>
@@ -21,6 +21,11 @@ namespace {
 // The sizes of every argument, as letters: "BD KD KD K". Each letter is one size, 1 at least, the
 // same wherever it stands. Arguments with letters are contiguous and of one type, float32 or
 // float64; "*" is anything, which the op itself checks. A bar stands between alternatives.
+//
+// Brackets make it a list, and [..]? a list of which tensors, or all, may be missing. A small
+// letter is a series of sizes, one for each tensor of a list, and n' the size before n in it;
+// outside of lists n is the size before the first. So the layers of a network that maps (B, n)
+// points, with an optional bias each: "Bn [nn'] [n]?".
 using Shapes = std::vector<std::string>;
 
 struct BoundOp {
@@ -43,24 +48,68 @@ std::vector<Shapes> parse(const std::string& text, const Signature& signature) {
   return all;
 }
 
-bool fits(const Shapes& shapes, const Values& arguments) {
-  std::array<int64_t, 256> sizes{};
-  std::optional<c10::ScalarType> dtype;
-  for (size_t i = 0; i < shapes.size(); ++i) {
-    if (shapes[i] == "*") continue;
-    if (!arguments[i].isTensor()) return false;
-    const Tensor& tensor = arguments[i].toTensor();
-    const auto found = tensor.sizes();
-    if (!dtype) dtype = tensor.scalar_type();
-    if (*dtype != at::kFloat && *dtype != at::kDouble) return false;
-    if (tensor.scalar_type() != *dtype || !tensor.is_contiguous()) return false;
-    if (found.size() != shapes[i].size()) return false;
-    for (size_t j = 0; j < found.size(); ++j) {
-      int64_t& size = sizes[static_cast<unsigned char>(shapes[i][j])];
-      if (size == 0) size = found[j];
-      if (found[j] < 1 || found[j] != size) return false;
+// Compares arguments with shapes, and learns on the way what the letters stand for.
+class Fitting {
+ public:
+  bool fits(const std::string& shape, const IValue& argument) {
+    if (shape == "*") return true;
+    if (shape[0] != '[') return argument.isTensor() && fits(shape, argument.toTensor(), 0);
+    if (!argument.isTensorList()) return false;
+    const auto list = argument.toListRef();
+    const size_t end = shape.find(']');
+    const bool optional = end + 1 < shape.size();
+    if (list.empty()) return optional;
+    if (count_ == 0) count_ = list.size();
+    if (list.size() != count_) return false;
+    const std::string each = shape.substr(1, end - 1);
+    for (size_t i = 0; i < list.size(); ++i) {
+      const Tensor& tensor = list[i].toTensor();
+      const bool missing = tensor.dim() == 1 && tensor.numel() == 0;
+      if (!(missing && optional) && !fits(each, tensor, i + 1)) return false;
     }
+    return true;
   }
+
+ private:
+  bool fits(const std::string& shape, const Tensor& tensor, size_t place) {
+    if (!dtype_) dtype_ = tensor.scalar_type();
+    if (*dtype_ != at::kFloat && *dtype_ != at::kDouble) return false;
+    if (tensor.scalar_type() != *dtype_ || !tensor.is_contiguous()) return false;
+    size_t dim = 0;
+    for (size_t i = 0; i < shape.size(); ++i, ++dim) {
+      const char letter = shape[i];
+      const bool before = i + 1 < shape.size() && shape[i + 1] == '\'';
+      i += before;
+      if (dim >= size_t(tensor.dim())) return false;
+      const int64_t found = tensor.size(int64_t(dim));
+      int64_t& size = size_of(letter, std::islower(letter) ? place - before : 0);
+      if (size == 0) size = found;
+      if (found < 1 || found != size) return false;
+    }
+    return dim == size_t(tensor.dim());
+  }
+
+  int64_t& size_of(char letter, size_t place) {
+    for (Size& known : sizes_)
+      if (known.letter == letter && known.place == place) return known.size;
+    sizes_.push_back({letter, place, 0});
+    return sizes_.back().size;
+  }
+
+  struct Size {
+    char letter;
+    size_t place;  // in the series
+    int64_t size;
+  };
+  c10::SmallVector<Size, 16> sizes_;
+  std::optional<c10::ScalarType> dtype_;
+  size_t count_ = 0;  // of the tensors in a list
+};
+
+bool fits(const Shapes& shapes, const Values& arguments) {
+  Fitting fitting;
+  for (size_t i = 0; i < shapes.size(); ++i)
+    if (!fitting.fits(shapes[i], arguments[i])) return false;
   return true;
 }
 
@@ -81,8 +130,8 @@ bool ready(const BoundOp& bound, const Values& arguments) {
 // ---------------------------------------------------------------- Python to C++ and back
 
 // A value of Python as an argument: a tensor that is no subclass, a number, None, a list of
-// tensors.
-std::optional<IValue> from_python(PyObject* object) {
+// tensors. None in a list becomes a tensor of shape (0,), like `first` in all else.
+std::optional<IValue> from_python(PyObject* object, const Tensor& first) {
   if (THPVariable_CheckExact(object)) return IValue(THPVariable_Unpack(object));
   if (object == Py_None) return IValue();
   if (PyBool_Check(object)) return IValue(object == Py_True);
@@ -94,10 +143,17 @@ std::optional<IValue> from_python(PyObject* object) {
   }
   if (!PyList_CheckExact(object) && !PyTuple_CheckExact(object)) return std::nullopt;
   c10::List<Tensor> list;
+  Tensor missing;  // one for all places
   for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(object); ++i) {
     PyObject* item = PySequence_Fast_GET_ITEM(object, i);
-    if (!THPVariable_CheckExact(item)) return std::nullopt;
-    list.push_back(THPVariable_Unpack(item));
+    if (item == Py_None) {
+      if (!missing.defined()) missing = at::empty({0}, first.options());
+      list.push_back(missing);
+    } else if (THPVariable_CheckExact(item)) {
+      list.push_back(THPVariable_Unpack(item));
+    } else {
+      return std::nullopt;
+    }
   }
   return IValue(list);
 }
@@ -152,19 +208,24 @@ PythonBackward python_backward(PyObject* callable) {
 
 constexpr const char* CAPSULE = "fastflow.op";
 
-// Runs the op; leaves its outputs, those that a caller sees, in `values`.
-void run(const Op& op, Values& values) {
+// Runs the op; leaves its outputs, those that a caller sees, in `values`. False if it refused its
+// arguments, with nothing done: Python knows what to say about them.
+bool run(const Op& op, Values& values) {
   bool recorded = false;
   if (at::GradMode::is_enabled())
     for (const IValue& value : values)
       each_tensor(value, [&](const Tensor& tensor) { recorded |= tensor.requires_grad(); });
+  if (op.signature.save < values.size()) values[op.signature.save] = recorded;
   const NodePointer node = recorded ? make_node(op, values) : NodePointer();
-  {
+  try {
     const at::AutoDispatchBelowAutograd below;
     op.signature.forward.callBoxed(values);
+  } catch (const std::exception&) {
+    return false;
   }
   if (recorded) static_cast<OpNode&>(*node).finish(node, values);
   values.resize(op.signature.visible);
+  return true;
 }
 
 PyObject* call(PyObject* self, PyObject* const* objects, Py_ssize_t count) {
@@ -175,16 +236,21 @@ PyObject* call(PyObject* self, PyObject* const* objects, Py_ssize_t count) {
     Py_RETURN_NONE;
   Values values;
   values.reserve(count);
+  if (!count || !THPVariable_CheckExact(objects[0])) Py_RETURN_NONE;
+  const Tensor& first = THPVariable_Unpack(objects[0]);
+  if (!plain(first)) Py_RETURN_NONE;
   for (Py_ssize_t i = 0; i < count; ++i) {
-    auto value = from_python(objects[i]);
+    auto value = from_python(objects[i], first);
     if (!value) Py_RETURN_NONE;
     values.push_back(*std::move(value));
   }
   if (!ready(bound, values)) Py_RETURN_NONE;
+  bool done = false;
   {
     const py::gil_scoped_release no_gil;  // other Python threads run meanwhile
-    run(bound.op, values);
+    done = run(bound.op, values);
   }
+  if (!done) Py_RETURN_NONE;
   return tuple_of(values).release().ptr();
   END_HANDLE_TH_ERRORS
 }

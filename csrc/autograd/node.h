@@ -45,7 +45,7 @@ void each_tensor(const IValue& value, Visit visit) {
   if (value.isTensor()) {
     visit(value.toTensor());
   } else if (value.isTensorList()) {
-    for (const Tensor& tensor : value.toTensorVector()) visit(tensor);
+    for (const IValue& item : value.toListRef()) visit(item.toTensor());
   }
 }
 
@@ -162,14 +162,17 @@ class OpNode : public torch::autograd::Node {
                     const std::vector<bool>& wanted) const {
     using From = Signature::From;
     const Signature& signature = op_.signature;
-    const bool param_grads = std::find(wanted.begin() + 1, wanted.end(), true) != wanted.end();
     Values stack;
     stack.reserve(signature.sources.size());
     for (const auto [from, index] : signature.sources) {
       if (from == From::cotangent)
         stack.emplace_back(cotangents[index].contiguous());
+      else if (from == From::grad)
+        stack.push_back(flags(arguments[index], &wanted, first(index)));
+      else if (from == From::given)
+        stack.push_back(flags(arguments[index], nullptr, 0));
       else if (from == From::param_grads)
-        stack.emplace_back(param_grads);
+        stack.emplace_back(param_grads(wanted));
       else
         stack.push_back(from == From::output ? outputs[index] : arguments[index]);
     }
@@ -179,16 +182,44 @@ class OpNode : public torch::autograd::Node {
     }
     variable_list gradients(wanted.size());
     for (size_t i = 0; i < stack.size(); ++i) {
-      size_t place = 0;
-      for (size_t before = 0; before < signature.gradients[i]; ++before)
-        place += arguments_[before].count();
-      // without param_grads the op has returned nothing of worth in the other places
+      const size_t argument = signature.gradients[i];
+      size_t place = first(argument);
+      const size_t end = place + arguments_[argument].count();
+      // where no gradient is wanted the op has returned nothing of worth, or more than there is
       each_tensor(stack[i], [&](const Tensor& gradient) {
-        if (wanted[place]) gradients[place] = gradient;
+        if (place < end && wanted[place]) gradients[place] = gradient;
         ++place;
       });
     }
     return gradients;
+  }
+
+  // The place of an argument's first tensor among all tensors.
+  size_t first(size_t argument) const {
+    size_t place = 0;
+    for (size_t before = 0; before < argument; ++before) place += arguments_[before].count();
+    return place;
+  }
+
+  // A bit for every tensor of a list that is not of shape (0,) and, if asked, is wanted; a bool for
+  // a tensor.
+  static IValue flags(const IValue& argument, const std::vector<bool>* wanted, size_t place) {
+    int64_t bits = 0, bit = 1;
+    each_tensor(argument, [&](const Tensor& tensor) {
+      const bool given = tensor.dim() != 1 || tensor.numel() != 0;
+      if (given && (!wanted || (*wanted)[place])) bits |= bit;
+      bit <<= 1;
+      ++place;
+    });
+    return argument.isTensorList() ? IValue(bits) : IValue(bits != 0);
+  }
+
+  bool param_grads(const std::vector<bool>& wanted) const {
+    size_t place = 0;
+    for (size_t i = 0; i < arguments_.size(); ++i)
+      for (size_t j = 0; j < arguments_[i].count(); ++j, ++place)
+        if (place && wanted[place] && !op_.signature.has_flag(i)) return true;
+    return false;
   }
 
   const Op& op_;

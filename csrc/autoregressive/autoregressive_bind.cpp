@@ -191,8 +191,8 @@ std::tuple<Tensor, Tensor, Tensor> run(Call& call, Launcher launch, const Tensor
 }
 
 Gradients run_backward(Call& call, Launcher launch, const Tensor& d_out, const Tensor* d_ladj,
-                       const Tensor& x, const Tensor& saved, int64_t term_layers,
-                       int64_t bias_layers, bool x_grad, bool param_grads) {
+                       const Tensor& x, const Tensor& saved, int64_t terms_grad,
+                       int64_t biases_given, bool x_grad, bool param_grads) {
   AutoregressiveArgs& args = call.args;
   const int64_t B = args.batch, D = args.features;
   check_like(d_out, "the cotangent of the output", x, {B, args.affine ? D : args.outputs()});
@@ -207,7 +207,7 @@ Gradients run_backward(Call& call, Launcher launch, const Tensor& d_out, const T
   Tensors dterms, dweights, dbiases;
   for (size_t l = 0; l < call.layers.size(); ++l) {
     MaskedLayer& layer = call.layers[l];
-    const bool term = term_layers >> l & 1, bias = param_grads && bias_layers >> l & 1;
+    const bool term = terms_grad >> l & 1, bias = param_grads && biases_given >> l & 1;
     dterms.push_back(term ? empty({B, layer.rows}, x) : empty({0}, x));
     dweights.push_back(param_grads ? empty({layer.rows, layer.columns}, x) : empty({0}, x));
     dbiases.push_back(bias ? empty({layer.rows}, x) : empty({0}, x));
@@ -229,11 +229,11 @@ std::tuple<Tensor, Tensor> made_forward(Tensor x, Tensors terms, Tensors weights
 }
 
 Gradients made_backward(Tensor dy, Tensor x, Tensor saved, Tensors weights, Tensor stairs,
-                        int64_t activation, bool residual, int64_t term_layers, int64_t bias_layers,
+                        int64_t activation, bool residual, int64_t terms_grad, int64_t biases_given,
                         bool x_grad, bool param_grads) {
   Call call(x, weights, stairs, activation, residual);
-  return run_backward(call, autoregressive_backward_cpu, dy, nullptr, x, saved, term_layers,
-                      bias_layers, x_grad, param_grads);
+  return run_backward(call, autoregressive_backward_cpu, dy, nullptr, x, saved, terms_grad,
+                      biases_given, x_grad, param_grads);
 }
 
 template <Launcher launch, bool inverse>
@@ -251,11 +251,11 @@ template <Launcher launch>
 Gradients autoregressive_gradients(Tensor d_out, Tensor dladj, Tensor x, Tensor saved,
                                    Tensors weights, Tensor stairs, int64_t activation,
                                    bool residual, int64_t scale, double c0, double c1,
-                                   int64_t term_layers, int64_t bias_layers, bool x_grad,
+                                   int64_t terms_grad, int64_t biases_given, bool x_grad,
                                    bool param_grads) {
   Call call(x, weights, stairs, activation, residual);
   call.set_scale(scale, c0, c1);
-  return run_backward(call, launch, d_out, &dladj, x, saved, term_layers, bias_layers, x_grad,
+  return run_backward(call, launch, d_out, &dladj, x, saved, terms_grad, biases_given, x_grad,
                       param_grads);
 }
 

@@ -2,13 +2,14 @@
 
 An op here takes (x, terms, weights, biases, stairs, *setting, save), where setting are numbers and
 flags, and returns (*outputs, saved). Its backward takes (*cotangents, point, saved, weights,
-stairs, *setting, term_layers, bias_layers, x_grad, param_grads); the point is the network's input:
+stairs, *setting, terms_grad, biases_given, x_grad, param_grads); the point is the network's input:
 x, or what the inverse found.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,8 +17,11 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from fastflow import backends
+from fastflow.autograd import node
 from fastflow.reference import autoregressive, made
 from fastflow.transforms import batched, forward_mode_active, functorch_active
+
+Tensors = Sequence[Tensor]
 
 
 class Op(NamedTuple):
@@ -27,22 +31,25 @@ class Op(NamedTuple):
     backward: str
     reference: Callable[..., tuple[Tensor, ...]]
     parallel: str | None  # the pass that computes `saved` from the network's input
+    setting: str  # a star for every number and flag, as the node counts arguments
     inverse: bool = False
 
 
 OPS = {
-    "made": Op("made_forward", "made_backward", made.made_forward, "made_forward"),
+    "made": Op("made_forward", "made_backward", made.made_forward, "made_forward", "* *"),
     "autoregressive": Op(
         "autoregressive_forward",
         "autoregressive_backward",
         autoregressive.autoregressive_forward,
         "autoregressive_forward",
+        "* * * * *",
     ),
     "autoregressive_inverse": Op(
         "autoregressive_inverse",
         "autoregressive_inverse_backward",
         autoregressive.autoregressive_inverse,
         "autoregressive_forward",
+        "* * * * *",
         inverse=True,
     ),
 }
@@ -57,69 +64,119 @@ class MaskedNetwork(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
-        name: str,
-        setting: tuple,
-        layers: int,
-        recompute: bool,
-        x: Tensor,
-        stairs: Tensor,
-        *lists: Tensor,
+        ctx: FunctionCtx, name: str, setting: tuple, layers: int, recompute: bool, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         op, backend = OPS[name], backends.current()
-        weights, biases, terms = _split(lists, layers)
         *outputs, saved = backends.call(
-            op.forward, x, terms, weights, biases, stairs, *setting, not recompute, name=backend
+            op.forward, *_nested(tensors, layers), *setting, not recompute, name=backend
         )
-        kept = outputs[0] if op.inverse else x
+        kept = (outputs[0],) if op.inverse else ()
         # terms and biases are for recomputing and for derivatives of derivatives; they exist anyway
-        ctx.save_for_backward(x, kept, saved, stairs, *lists)
+        ctx.save_for_backward(*tensors, saved, *kept)
         ctx.name, ctx.setting, ctx.layers, ctx.recompute = name, setting, layers, recompute
         ctx.backend = backend  # backward may run when use_backend is no longer in force
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        x, point, saved, stairs, *lists = ctx.saved_tensors
-        op, backend = OPS[ctx.name], ctx.backend
-        x_grad, list_grads = ctx.needs_input_grad[4], ctx.needs_input_grad[6:]
-        if not torch.compiler.is_compiling():
-            if torch.is_grad_enabled():
-                found = differentiable_vjp(ctx, [x, *lists], stairs, cotangents)
-                return (None, None, None, None, found[0], None, *found[1:])
-            if functorch_active() or batched(cotangents[0]):
-                backend = "reference"  # plain PyTorch operations, which vmap knows
-        weights, biases, terms = _split(lists, ctx.layers)
-        if ctx.recompute or backend != ctx.backend:  # every backend has its own layout of `saved`
-            saved = backends.call(
-                op.parallel, point, terms, weights, biases, stairs, *ctx.setting, True, name=backend
-            )[-1]
-        dx, d_terms, d_weights, d_biases = backends.call(
-            op.backward,
-            *(cotangent.contiguous() for cotangent in cotangents),
-            *(point, saved, weights, stairs, *ctx.setting),
-            *(_bits(terms), _bits(biases), x_grad, any(list_grads[: 2 * ctx.layers])),
-            name=backend,
-        )
-        grads = [*d_weights, *d_biases, *(d_terms if terms else ())]
-        return (
-            *(None, None, None, None, dx if x_grad else None, None),
-            *(grad if needed else None for grad, needed in zip(grads, list_grads)),
-        )
+        wanted = ctx.needs_input_grad[4:]
+        tensors = ctx.saved_tensors
+        saved, *kept = tensors[len(wanted) :]
+        arguments = (*_nested(tensors[: len(wanted)], ctx.layers), *ctx.setting, False)
+        outputs = (*kept, None if ctx.recompute else saved)
+        grads = gradients(arguments, outputs, cotangents, wanted, ctx.name, ctx.backend)
+        return (None, None, None, None, *grads)
+
+
+def gradients(
+    arguments: tuple[Tensor | Tensors | float, ...],
+    outputs: tuple[Tensor | None, ...],
+    cotangents: tuple[Tensor, ...],
+    wanted: Sequence[bool],
+    name: str,
+    backend: str | None,
+) -> list[Tensor | None]:
+    """The gradients of x, terms, weights, biases and stairs laid out flat, None if not wanted.
+
+    Arguments:
+        arguments: those of the op.
+        outputs: its outputs. Only the first, if the op is the inverse, and the last are read: what
+            it saved, None if that is to be computed anew.
+        cotangents: of all outputs but the last.
+        wanted: for every tensor.
+        name: of the op.
+        backend: which one computes.
+    """
+    op, saved = OPS[name], outputs[-1]
+    if not torch.compiler.is_compiling():
+        if torch.is_grad_enabled():
+            return differentiable_vjp(op, arguments, cotangents, wanted)
+        if functorch_active() or any(map(batched, cotangents)):
+            # plain PyTorch operations, which vmap knows; they have their own layout of `saved`
+            backend, saved = "reference", None
+    x, terms, weights, biases, stairs, *setting, _ = arguments
+    point = outputs[0] if op.inverse else x
+    if saved is None:
+        saved = backends.call(
+            op.parallel, point, terms, weights, biases, stairs, *setting, True, name=backend
+        )[-1]
+    of_terms, of_parameters = wanted[1 : 1 + len(terms)], wanted[1 + len(terms) : -1]
+    dx, d_terms, d_weights, d_biases = backends.call(
+        op.backward,
+        *(cotangent.contiguous() for cotangent in cotangents),
+        *(point, saved, weights, stairs, *setting),
+        *(_bits(terms, of_terms), _bits(biases), wanted[0], any(of_parameters)),
+        name=backend,
+    )
+    grads = [dx, *d_terms[: len(terms)], *d_weights, *d_biases]
+    return [*(grad if want else None for grad, want in zip(grads, wanted)), None]
 
 
 def differentiable_vjp(
-    ctx: FunctionCtx, inputs: list[Tensor], stairs: Tensor, cotangents: tuple[Tensor, ...]
+    op: Op,
+    arguments: tuple[Tensor | Tensors | float, ...],
+    cotangents: tuple[Tensor, ...],
+    wanted: Sequence[bool],
 ) -> list[Tensor | None]:
     """The backward pass as a graph of its own, for derivatives of derivatives."""
-    needed = [ctx.needs_input_grad[4], *ctx.needs_input_grad[6:]]
+    x, terms, weights, biases, stairs, *setting, _ = arguments
     # aliases: a weight computed from x must not bring its own gradient to that of x
-    x, *lists = inputs = [tensor.view_as(tensor) for tensor in inputs]
-    weights, biases, terms = _split(lists, ctx.layers)
-    *outputs, _ = OPS[ctx.name].reference(x, terms, weights, biases, stairs, *ctx.setting, False)
-    wanted = [tensor for tensor, need in zip(inputs, needed) if need]
-    grads = iter(torch.autograd.grad(outputs, wanted, cotangents, create_graph=True))
-    return [next(grads) if need else None for need in needed]
+    tensors = [tensor.view_as(tensor) for tensor in (x, *terms, *weights, *biases, stairs)]
+    *outputs, _ = op.reference(*_nested(tensors, len(weights)), *setting, False)
+    leaves = [tensor for tensor, want in zip(tensors, wanted) if want]
+    grads = iter(torch.autograd.grad(outputs, leaves, cotangents, create_graph=True))
+    return [next(grads) if want else None for want in wanted]
+
+
+def _for_the_node(
+    arguments: tuple,
+    outputs: tuple,
+    cotangents: tuple[Tensor, ...],
+    wanted: Sequence[bool],
+    name: str,
+) -> list[Tensor | None]:
+    """`gradients` where the node, which calls kernels itself, leaves them to Python."""
+    return gradients(arguments, (*outputs[:-1], None), cotangents, wanted, name, "reference")
+
+
+for name, op in OPS.items():
+    node.define(
+        *(op.forward, op.backward, f"Bn [Bn]? [nn'] [n]? * {op.setting} *"),
+        partial(_for_the_node, name=name),
+    )
+
+
+def by_node(
+    name: str,
+    x: Tensor,
+    terms: Tensors,
+    weights: Tensors,
+    biases: Tensors,
+    stairs: Tensor,
+    setting: tuple,
+) -> tuple[Tensor, ...] | None:
+    """One of `OPS` by the autograd node; None if it declines, see `fastflow.autograd.node.run`."""
+    return node.run(OPS[name].forward, x, terms, weights, biases, stairs, *setting, True)
 
 
 def masked_network(
@@ -138,29 +195,35 @@ def masked_network(
     reference, which PyTorch differentiates itself. So do empty tensors, and torch.compile where the
     backend is no registered op.
     """
-    op, lists = OPS[name], [*weights, *biases, *terms]
+    op, network = OPS[name], (x, terms, weights, biases, stairs)
+    if not recompute and (outputs := by_node(name, *network, setting)) is not None:
+        return outputs
+    tensors = (x, *terms, *weights, *biases)
     if (
         functorch_active()
-        or forward_mode_active(x, *lists)
+        or forward_mode_active(*tensors)
         or not x.numel()
         or (torch.compiler.is_compiling() and not backends.traceable(op.forward, x))
     ):
-        return op.reference(x, terms, weights, biases, stairs, *setting, False)[:-1]
-    if not (
-        torch.is_grad_enabled()
-        and (x.requires_grad or any(tensor.requires_grad for tensor in lists))
-    ):
-        backend = backends.current()
-        arguments = (x, terms, weights, biases, stairs, *setting, False)
-        return tuple(backends.call(op.forward, *arguments, name=backend)[:-1])
-    return MaskedNetwork.apply(name, setting, len(weights), recompute, x, stairs, *lists)
+        return op.reference(*network, *setting, False)[:-1]
+    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+        return tuple(
+            backends.call(op.forward, *network, *setting, False, name=backends.current())[:-1]
+        )
+    return MaskedNetwork.apply(name, setting, len(weights), recompute, *tensors, stairs)
 
 
-def _split(lists: list[Tensor] | tuple[Tensor, ...], layers: int) -> tuple[list[Tensor], ...]:
-    """weights, biases and terms; there may be no terms."""
-    return list(lists[:layers]), list(lists[layers : 2 * layers]), list(lists[2 * layers :])
+def _nested(tensors: Tensors, layers: int) -> tuple[Tensor | list[Tensor], ...]:
+    """x, terms, weights, biases and stairs laid out flat, as an op takes them."""
+    x, *lists, stairs = tensors
+    terms = len(lists) - 2 * layers  # there may be none
+    return x, lists[:terms], lists[terms : terms + layers], lists[terms + layers :], stairs
 
 
-def _bits(tensors: list[Tensor]) -> int:
-    """Bit i is set where the i-th tensor is not missing."""
-    return sum(1 << i for i, tensor in enumerate(tensors) if tensor.shape != (0,))
+def _bits(tensors: Tensors, wanted: Sequence[bool] | None = None) -> int:
+    """Bit i is set where the i-th tensor is not missing and, if asked, is wanted."""
+    return sum(
+        1 << i
+        for i, tensor in enumerate(tensors)
+        if tensor.shape != (0,) and (wanted is None or wanted[i])
+    )

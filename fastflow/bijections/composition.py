@@ -69,16 +69,18 @@ class Chain(Bijection):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._check(context)
-        x, ladj = self.bijections[0](x, _share(context, self.bijections[0]))
-        for bijection in self.bijections[1:]:
+        first, *others = self.bijections
+        x, ladj = first(x, _share(context, first))
+        for bijection in others:
             x, step = bijection(x, _share(context, bijection))
             ladj = ladj + step
         return x, ladj
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._check(context)
-        y, ladj = self.bijections[-1].inverse(y, _share(context, self.bijections[-1]))
-        for bijection in reversed(self.bijections[:-1]):
+        *others, last = self.bijections
+        y, ladj = last.inverse(y, _share(context, last))
+        for bijection in reversed(others):
             y, step = bijection.inverse(y, _share(context, bijection))
             ladj = ladj + step
         return y, ladj

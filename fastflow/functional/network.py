@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastflow.autograd.masked import masked_network
+from fastflow.autograd.masked import by_node, masked_network
 from fastflow.functional.checks import check_tensors
 from fastflow.reference.network import ACTIVATIONS
 
@@ -48,7 +48,16 @@ def run(
     Returns:
         The outputs of the op, with the batch shape of x and the terms.
     """
-    activation = check_activation(op, activation)
+    setting = (NUMBERS[check_activation(op, activation)], bool(residual), *constants)
+    if not recompute and isinstance(weights, (list, tuple)):
+        lists = (
+            () if terms is None else terms,
+            weights,
+            (None,) * len(weights) if biases is None else biases,
+        )
+        outputs = by_node(op, x, *lists, stairs, setting)
+        if outputs is not None:
+            return outputs
     weights = _tensors(op, "weights", weights)
     layers = len(weights)
     if not layers:
@@ -81,7 +90,7 @@ def run(
     outputs = masked_network(
         *(op, x.contiguous(), [term.contiguous() for term in terms]),
         *([weight.contiguous() for weight in weights], [bias.contiguous() for bias in biases]),
-        *(stairs, (NUMBERS[activation], bool(residual), *constants), recompute),
+        *(stairs, setting, recompute),
     )
     y, *rest = outputs
     return y.view(*batch, y.shape[-1]).to(dtype), *(one.view(batch) for one in rest)

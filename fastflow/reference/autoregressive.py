@@ -59,8 +59,8 @@ def autoregressive_backward(
     scale: int,
     c0: float,
     c1: float,
-    term_layers: int,
-    bias_layers: int,
+    terms_grad: int,
+    biases_given: int,
     x_grad: bool,
     param_grads: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
@@ -73,7 +73,7 @@ def autoregressive_backward(
         d_outputs, x, hidden, weights, stairs, activation, residual
     )
     lists = made.gradients(
-        cotangents, x, hidden, stairs, activation, residual, term_layers, bias_layers, param_grads
+        cotangents, x, hidden, stairs, activation, residual, terms_grad, biases_given, param_grads
     )
     return dx + through if x_grad else x.new_empty(0), *lists
 
@@ -157,9 +157,9 @@ def autoregressive_inverse_backward(
     scale: int,
     c0: float,
     c1: float,
-    term_layers: int,
-    bias_layers: int,
-    x_grad: bool,
+    terms_grad: int,
+    biases_given: int,
+    y_grad: bool,
     param_grads: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     """dy, and the gradients of terms, weights and biases, in one sweep in reverse.
@@ -215,9 +215,9 @@ def autoregressive_inverse_backward(
         later = [torch.cat([*new[::-1], old], -1) for old, new in zip(later, fresh)]
     cotangents = [net.unsort(level, later[level]) for level in range(1, hidden + 2)]
     lists = made.gradients(
-        cotangents, x, pre[:-1], stairs, activation, residual, term_layers, bias_layers, param_grads
+        cotangents, x, pre[:-1], stairs, activation, residual, terms_grad, biases_given, param_grads
     )
-    dy = net.unsort(0, torch.cat(dy[::-1], -1)) if x_grad else x.new_empty(0)
+    dy = net.unsort(0, torch.cat(dy[::-1], -1)) if y_grad else x.new_empty(0)
     return dy, *lists
 
 

@@ -35,8 +35,8 @@ def made_backward(
     stairs: Tensor,
     activation: int,
     residual: bool,
-    term_layers: int,
-    bias_layers: int,
+    terms_grad: int,
+    biases_given: int,
     x_grad: bool,
     param_grads: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
@@ -44,7 +44,7 @@ def made_backward(
     hidden = split(saved, x, weights[:-1])
     dx, cotangents = network.backward(dy, x, hidden, weights, stairs, activation, residual)
     lists = gradients(
-        cotangents, x, hidden, stairs, activation, residual, term_layers, bias_layers, param_grads
+        cotangents, x, hidden, stairs, activation, residual, terms_grad, biases_given, param_grads
     )
     return dx if x_grad else x.new_empty(0), *lists
 
@@ -62,15 +62,15 @@ def gradients(
     stairs: Tensor,
     activation: int,
     residual: bool,
-    term_layers: int,
-    bias_layers: int,
+    terms_grad: int,
+    biases_given: int,
     param_grads: bool,
 ) -> Lists:
     """The gradients of terms, weights and biases from the cotangents of all pre-activations."""
-    d_terms = network.chosen(cotangents, term_layers)
+    d_terms = network.chosen(cotangents, terms_grad)
     if param_grads:
         return d_terms, *network.parameter_grads(
-            cotangents, x, hidden, stairs, activation, residual, bias_layers
+            cotangents, x, hidden, stairs, activation, residual, biases_given
         )
     none = [x.new_empty(0) for _ in cotangents]
     return d_terms, none, none

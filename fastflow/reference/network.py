@@ -151,13 +151,13 @@ def parameter_grads(
     stairs: Tensor,
     activation: int,
     residual: bool,
-    bias_layers: int,
+    biases_given: int,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The gradients of weights and biases from the cotangents of all pre-activations.
 
     Arguments:
         cotangents: dP_1 .. dP_{L+1}, (B, n_l).
-        bias_layers: bit l-1 is set where layer l has a bias.
+        biases_given: bit l-1 is set where layer l has a bias.
 
     Returns:
         [dW_1 ..] (n_l, n_{l-1}), exactly zero where masked, and [db_1 ..] (n_l,) or (0,).
@@ -168,7 +168,7 @@ def parameter_grads(
     below = x
     for level, (dp, mask) in enumerate(zip(cotangents, masks.masks(stairs, levels)), 1):
         d_weights.append(torch.where(mask, dp.mT @ below, 0))
-        d_biases.append(dp.sum(0) if bias_layers >> (level - 1) & 1 else dp.new_empty(0))
+        d_biases.append(dp.sum(0) if biases_given >> (level - 1) & 1 else dp.new_empty(0))
         if level <= hidden:
             p = pre_activations[level - 1]
             below = act(p) if activates(level, hidden, residual) else p
