@@ -16,7 +16,6 @@ from fastflow.bijections.composition import Chain, Inverse
 from fastflow.functional.checks import check_tensors
 from fastflow.scales import Scale
 
-
 HALF_LOG_TAU = 0.5 * math.log(2 * math.pi)
 
 

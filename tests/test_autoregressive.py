@@ -13,7 +13,6 @@ from masked_oracle import ACTIVATIONS, SCALES, Problem, affine, affine_inverse, 
 from torch import Tensor
 from torch.autograd import forward_ad
 
-import fastflow
 from fastflow import IAF, MAF, MaskedAffineAutoregressive
 from fastflow.functional import autoregressive, autoregressive_inverse
 from fastflow.scales import Clamp, Gate, Scale, SoftClip

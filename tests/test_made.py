@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import Target, target_id, targets
 from masked_oracle import ACTIVATIONS, Problem, problem
+from torch.nn.utils import parametrize
 
-import fastflow
 from fastflow import MADE, masks
 from fastflow.functional import made, masked_linear
 
@@ -227,6 +227,41 @@ def test_copies_and_meta_device() -> None:
     late.reset_parameters()
     assert late.order.tolist() == net.order.tolist()
     assert torch.equal(late.stairs, masks.staircase(late.degrees()))
+
+
+def test_parameters_may_be_replaced_after_construction(target: Target) -> None:
+    """By another Parameter, a parametrization, a shared one, or for one call."""
+    net, twin = (MADE(4, 2, (8, 8)).to(target.device) for _ in range(2))
+    x = torch.randn(3, 4, device=target.device)
+    assert not torch.equal(net(x), twin(x))
+    swapped = torch.func.functional_call(net, dict(twin.named_parameters()), (x,))
+    assert torch.equal(swapped, twin(x))
+    for layer, other in zip(net.layers, twin.layers):
+        layer.weight = torch.nn.Parameter(other.weight.detach().clone())
+        layer.bias = other.bias
+    assert torch.equal(net(x), twin(x))
+    with torch.no_grad():
+        twin.layers[2].bias += 1
+    y = net(x)
+    assert torch.equal(y, twin(x))
+    y.sum().backward()
+    assert twin.layers[0].bias.grad is not None and twin.layers[0].weight.grad is None
+    parametrize.register_parametrization(net.layers[1], "weight", Doubled())
+    with torch.no_grad():
+        twin.layers[1].weight *= 2
+    y = net(x)
+    assert torch.equal(y, twin(x))
+    original = net.layers[1].parametrizations.weight.original
+    (grad,) = torch.autograd.grad(y.sum(), original)
+    (want,) = torch.autograd.grad(twin(x).sum(), twin.layers[1].weight)
+    assert torch.equal(grad, 2 * want)
+
+
+class Doubled(torch.nn.Module):
+    """A parametrization."""
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return 2 * weight
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastflow
 from fastflow import diagnostics
 from fastflow.autograd import node
-from fastflow.functional import planar_flow, planar_flow_inverse
+from fastflow.functional import made, planar_flow, planar_flow_inverse
 
 needs_node = pytest.mark.skipif(not node.enabled, reason=f"no autograd node: {node.reason}")
 FORWARD = "planar_flow_forward"
@@ -54,6 +55,12 @@ def test_plain_tensors_take_the_node(shared: bool, dtype: torch.dtype) -> None:
 @needs_node
 def test_parameters_of_modules_are_plain() -> None:
     assert by_node(fastflow.PlanarFlow(3, steps=2)(torch.zeros(5, 3))[0])
+    layer = fastflow.MaskedAffineAutoregressive(3, (8, 8), context_features=2)
+    x, context = torch.zeros(5, 3), torch.zeros(5, 2)
+    for y in layer(x, context):
+        assert y.grad_fn.name() == "fastflow::autoregressive_backward"
+    y = made(x, **layer.network.network(context))
+    assert y.grad_fn.name() == "fastflow::made_backward"
 
 
 class Labelled(Tensor):
@@ -321,6 +328,110 @@ def test_gradients_that_nobody_wants_are_not_computed(product: list[bool]) -> No
     y.sum().backward()
     assert product == [False, True, True]
     assert fixed.grad is None and torch.allclose(free.grad, 2 * x * fixed)
+
+
+LAYERS = [
+    "layers_forward(Tensor x, Tensor[] terms, Tensor[] weights, Tensor[] biases, bool save) "
+    "-> (Tensor y, Tensor h)",
+    "layers_backward(Tensor dy, Tensor h, Tensor x, Tensor[] weights, int terms_grad, "
+    "int biases_given, bool x_grad, bool param_grads) "
+    "-> (Tensor dx, Tensor[] dterms, Tensor[] dweights, Tensor[] dbiases)",
+]
+
+
+@pytest.fixture
+def layers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple]]:
+    """An op on a list of layers; what its passes were told to save and to compute."""
+    library = torch.library.Library("fastflow", "FRAGMENT")
+    told = []
+
+    def forward(
+        x: Tensor, terms: list, weights: list, biases: list, save: bool
+    ) -> tuple[Tensor, Tensor]:
+        assert all(tensor.shape == (0,) or tensor.numel() for tensor in (*terms, *biases))
+        if len(weights) > 2:
+            raise ValueError("three layers are too many")
+        told.append((save,))
+        return x * 1, x.new_ones(3)
+
+    def backward(
+        dy: Tensor, h: Tensor, x: Tensor, weights: list, *flags: object
+    ) -> tuple[Tensor, list, list, list]:
+        told.append(flags)
+        filled = [torch.full_like(w, 2.0) for w in weights]
+        extra = [dy.new_full((len(dy), len(w)), 9.0) for w in weights]  # terms or not
+        return dy * 1, extra, filled, [torch.full_like(w[:, 0], 3.0) for w in weights]
+
+    for schema in LAYERS:
+        library.define(schema)
+    library.impl("layers_forward", forward, "CPU")
+    library.impl("layers_backward", backward, "CPU")
+    monkeypatch.setattr(node, "_ops", dict(node._ops))
+    node.define("layers_forward", "layers_backward", "Bn [Bn]? [nn'] [n]? *", None)
+    yield told
+    library._destroy()
+
+
+def network_of(*widths: int) -> tuple[Tensor, list, list, list]:
+    """x (4, n_0), terms, weights and biases of layers, none of them missing."""
+    x = torch.randn(4, widths[0])
+    weights = [torch.randn(n, m, requires_grad=True) for m, n in pairwise(widths)]
+    biases = [torch.randn(n) for n in widths[1:]]
+    return x, [torch.randn(4, n) for n in widths[1:]], weights, biases
+
+
+@needs_node
+def test_flags_tell_what_is_wanted_and_given(layers: list[tuple]) -> None:
+    x, terms, weights, biases = network_of(3, 5, 2)
+    (y,) = node.run("layers_forward", x, (), weights, [None, biases[1]], True)
+    y.sum().backward()
+    assert layers == [(True,), (0, 0b10, False, True)]
+    assert all((w.grad == 2).all() for w in weights)
+    terms[1].requires_grad_()
+    x.requires_grad_()
+    frozen = [w.detach() for w in weights]
+    (y,) = node.run("layers_forward", x, terms, frozen, biases, False)
+    y.sum().backward()
+    assert layers[2:] == [(True,), (0b10, 0b11, True, False)]
+    node.run("layers_forward", x.detach(), (), frozen, biases, True)
+    with torch.no_grad():
+        node.run("layers_forward", x, terms, weights, biases, True)
+    assert layers[4:] == [(False,), (False,)]  # nothing to save where nothing is recorded
+
+
+@needs_node
+@pytest.mark.parametrize(
+    ("place", "entries"),
+    [
+        (1, [torch.zeros(3, 5), None]),
+        (1, [torch.zeros(4, 5)]),
+        (2, []),
+        (2, [None, torch.zeros(2, 5)]),
+        (2, [torch.zeros(5, 3), torch.zeros(2, 4)]),
+        (2, [torch.zeros(5, 4), torch.zeros(2, 5)]),
+        (2, [torch.zeros(5, 3), torch.zeros(2, 5).double()]),
+        (2, [torch.zeros(5, 3), torch.zeros(5, 2).T]),
+        (2, [torch.zeros(5, 3), torch.zeros(2, 5).as_subclass(Labelled)]),
+        (2, torch.zeros(2, 5)),
+        (3, [torch.zeros(5), torch.zeros(5)]),
+        (3, [torch.zeros(5), torch.zeros(2, 1)]),
+        (3, None),
+    ],
+    ids=["rows", "few", "none", "missing", "chain", "first", "dtypes", "strides", "subclass"]
+    + ["tensor", "bias", "dimensions", "nothing"],
+)
+def test_lists_that_do_not_fit_are_declined(
+    layers: list[tuple], place: int, entries: object
+) -> None:
+    arguments = list(network_of(3, 5, 2))
+    assert node.run("layers_forward", *arguments, True) is not None
+    arguments[place] = entries
+    assert node.run("layers_forward", *arguments, True) is None and len(layers) == 1
+
+
+@needs_node
+def test_arguments_that_the_op_refuses_are_declined(layers: list[tuple]) -> None:
+    assert node.run("layers_forward", *network_of(3, 5, 2, 4), True) is None
 
 
 @needs_node

@@ -38,7 +38,8 @@ def define(forward: str, backward: str, shapes: str, python_backward: Callable) 
         forward, backward: the ops; the names in their schemas say how they belong together.
         shapes: of forward's arguments, a letter for every size, a word for every argument, * for
             what is no tensor or takes any shape, | between alternatives: "BD KD * | BD BKD *".
-            Tensors with letters are contiguous, all float32 or all float64.
+            Tensors with letters are contiguous, all float32 or all float64. "Bn [nn'] [n]?" are
+            points and lists of weights and biases, see csrc/autograd/module.cpp.
         python_backward: gives the gradients where the backward op cannot: called with forward's
             arguments, those of its outputs that backward uses (the others None), cotangents, and
             a bool for every tensor, it returns a gradient or None for every tensor.
@@ -53,7 +54,9 @@ def run(op: str, *args: object) -> tuple[Tensor, ...] | None:
     """The outputs of an op, with their history; None if this call is for the Python path.
 
     That is so under torch.compile, modes and transforms, with subclasses and forward-mode tangents,
-    on backends that are no registered ops, and for arguments that need a check or a change.
+    on backends that are no registered ops, and for arguments that need a check or a change, or that
+    the op refuses. None in a list of tensors says that one is missing; an argument called save is
+    set as gradients are recorded or not.
     """
     first = args[0]
     if (

@@ -116,7 +116,7 @@ class MADE(nn.Module):
 
     def network(self, context: Tensor | None) -> dict[str, Any]:
         """The network at a context, as the arguments of `fastflow.functional.made` after x."""
-        terms = None
+        terms, layers = None, list(self.layers)
         if self.context_layer is None:
             refuse_context("MADE", context)
         else:
@@ -126,10 +126,10 @@ class MADE(nn.Module):
                     f"MADE: context is {got}, must be a tensor (*batch, {self.context_features})"
                 )
             check_features("MADE", "context", context, self.context_features)
-            terms = [self.context_layer(context), *[None] * (len(self.layers) - 1)]
+            terms = [self.context_layer(context), *[None] * (len(layers) - 1)]
         return {
-            "weights": [layer.weight for layer in self.layers],
-            "biases": [layer.bias for layer in self.layers],
+            "weights": [layer.weight for layer in layers],
+            "biases": [layer.bias for layer in layers],
             "stairs": self.stairs,
             "terms": terms,
             "activation": self.activation,

@@ -49,7 +49,7 @@ def run(
         The outputs of the op, with the batch shape of x and the terms.
     """
     setting = (NUMBERS[check_activation(op, activation)], bool(residual), *constants)
-    if not recompute and isinstance(weights, (list, tuple)):
+    if not recompute and isinstance(weights, (list, tuple)):  # most calls need nothing below
         lists = (
             () if terms is None else terms,
             weights,
