@@ -169,7 +169,7 @@ struct Call {
 
 using Launcher = void (*)(const AutoregressiveArgs&);
 
-// What fastflow/native.py tells torch.compile: a size that any layout in tiles of up to 64 rows fits.
+// What fastflow/native.py tells torch.compile: any layout in tiles of up to 64 rows fits.
 int64_t saved_size(const AutoregressiveArgs& args) {
   return (args.batch + 63) / 64 * 64 * TileShape(args).total;
 }
