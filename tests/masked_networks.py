@@ -156,8 +156,8 @@ def network(
     return replace(net, weights=weights)
 
 
-def shift_and_scale(net: Network, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """m, l (log-scale) and the raw scale a, each (B, D) by feature, at x."""
+def raw_outputs(net: Network, x: Tensor) -> Tensor:
+    """(B, D, 2): the shift m and the raw scale a of every feature, at x."""
     layers = len(net.weights)
     a, pre = x, []
     for level, (weight, mask) in enumerate(zip(net.weights, net.masks, strict=True), 1):
@@ -171,7 +171,12 @@ def shift_and_scale(net: Network, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         pre.append(p)
         a = p if net.residual and level == layers - 1 else activate(p, net.activation)
     rows = net.orders[-1].view(-1, 2)[net.orders[0].argsort()]
-    m, raw = pre[-1][:, rows[:, 0]], pre[-1][:, rows[:, 1]]
+    return pre[-1][:, rows]
+
+
+def scale_map(net: Network, outputs: Tensor) -> tuple[Tensor, Tensor]:
+    """m and l, the log-scale."""
+    m, raw = outputs.unbind(-1)
     c0, c1 = net.constants
     kind = SCALES[net.scale]
     if kind == "softclip":
@@ -184,7 +189,13 @@ def shift_and_scale(net: Network, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         log_scale = raw + (raw.clamp(c0, c1) - raw).detach()
     else:
         log_scale = -softplus(-(raw + c0))
-    return m, log_scale, raw
+    return m, log_scale
+
+
+def shift_and_scale(net: Network, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """m, l (log-scale) and the raw scale a, each (B, D) by feature, at x."""
+    outputs = raw_outputs(net, x)
+    return *scale_map(net, outputs), outputs[..., 1]
 
 
 def transform(net: Network, x: Tensor) -> tuple[Tensor, Tensor]:

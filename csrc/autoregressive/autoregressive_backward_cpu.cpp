@@ -1,4 +1,5 @@
 // Backward of the parallel direction: cotangents tile by tile, then the parameters' gradients.
+#include "../common/staircase_narrow.h"
 #include "autoregressive_outer.h"
 #include "autoregressive_scale.h"
 #include "autoregressive_units.h"
@@ -34,8 +35,12 @@ void scale_tile_backward(const AutoregressiveArgs& args, const T* outputs, const
 // dP (in `d`) and A of the level that `layer` reads, from dP of the level that it makes.
 template <class T>
 void backward_level(const SortedLayer<T>& layer, Activation activation, bool linear, const T* d_out,
-                    const T* p, const T* d_skipped, int64_t R, int64_t vectors, T* d, T* a) {
-  const auto before = [&](int64_t j0, int64_t units) { std::fill_n(d + j0 * R, units * R, T(0)); };
+                    const T* p, const T* d_skipped, int64_t R, int64_t live, T* d, T* a) {
+  const int64_t vectors = (live + Vec<T>::lanes - 1) / Vec<T>::lanes;
+  const auto before = [&](int64_t j0, int64_t units) {
+    std::fill_n(d + j0 * R, units * R, T(0));
+    prefetch(p + j0 * R, units * R);
+  };
   const auto after = [&](int64_t j0, int64_t units) {
     const int64_t at = j0 * R;
     if (linear)
@@ -45,7 +50,12 @@ void backward_level(const SortedLayer<T>& layer, Activation activation, bool lin
                               vectors, d + at, a + at);
   };
   const auto read_by = [&](int64_t j) { return layer.read_by(j); };
-  if (layer.packed.data)
+  if (live <= kNarrowRows) {
+    before(0, layer.columns);
+    narrow_transposed(layer.weight, layer.rows, layer.columns, layer.prefix, layer.start, d_out, d,
+                      R, live);
+    after(0, layer.columns);
+  } else if (layer.packed.data)
     stair_product(layer.packed, d_out, d, R, vectors, layer.columns, read_by, before, after);
   else
     stair_product(layer.transposed(), d_out, d, R, vectors, layer.columns, read_by, before, after);
@@ -86,13 +96,16 @@ void backward_tile(const AutoregressiveArgs& args, const Network<T>& network,
     T* below = d - layer.columns * R;
     // Level l + 2 follows level l + 1, whose cotangent is d.
     const T* skipped = l < L && layers[l + 1].skip ? d + layer.rows * R : nullptr;
-    backward_level(layer, args.activation, layers[l - 1].linear, d, p, skipped, R, vectors, below,
-                   a);
+    backward_level(layer, args.activation, layers[l - 1].linear, d, p, skipped, R, live, below, a);
     d = below;
   }
   if (args.d_in) {
-    stair_product(layers[0].transposed(), d, dx, R, vectors, D,
-                  [&](int64_t j) { return layers[0].read_by(j); });
+    if (live <= kNarrowRows)
+      narrow_transposed(layers[0].weight, layers[0].rows, D, layers[0].prefix, layers[0].start, d,
+                        dx, R, live);
+    else
+      stair_product(layers[0].transposed(), d, dx, R, vectors, D,
+                    [&](int64_t j) { return layers[0].read_by(j); });
     store_tile(dx, R, network.position, live, D, static_cast<T*>(args.d_in) + tile * R * D, D);
   }
   d = cotangents;

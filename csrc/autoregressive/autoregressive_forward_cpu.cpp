@@ -1,4 +1,5 @@
 // The network of a tile of rows, and the scale map behind it: the parallel direction.
+#include "../common/staircase_narrow.h"
 #include "autoregressive_network.h"
 #include "autoregressive_scale.h"
 #include "autoregressive_units.h"
@@ -33,9 +34,14 @@ void forward_layer(const SortedLayer<T>& layer, Activation activation, const T* 
   const auto after = [&](int64_t j0, int64_t units) {
     if (!layer.linear) activate_units(activation, p + j0 * R, units, R, vectors, a_next + j0 * R);
   };
-  stair_product(
-      layer.forward(), a, p, R, vectors, layer.rows, [&](int64_t j) { return layer.reads(j); },
-      before, after);
+  const auto reads = [&](int64_t j) { return layer.reads(j); };
+  if (shape.live_rows(tile) > kNarrowRows) {
+    stair_product(layer.forward(), a, p, R, vectors, layer.rows, reads, before, after);
+  } else {
+    before(0, layer.rows);
+    stair_product_rows(layer.forward(), a, p, R, shape.live_rows(tile), layer.rows, reads);
+    after(0, layer.rows);
+  }
 }
 
 // y in place of x (both sorted) and ladj, from the outputs of the network.

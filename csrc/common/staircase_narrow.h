@@ -115,4 +115,50 @@ void stair_product_rows(Strided<T> w, const T* a, T* c, int64_t rows, int64_t li
       live, [&](auto n) { narrow_product<decltype(n)::value>(w, a, c, rows, count, range); });
 }
 
+// narrow_product with the transpose of W (n, columns): what unit o < n of the level above adds to
+// the units below, of which it reads the first prefix[o]. start[j] is the first that reads j.
+template <int Rows, class T>
+void narrow_transposed_rows(const T* w, int64_t n, int64_t columns, const int32_t* prefix,
+                            const int32_t* start, const T* d, T* c, int64_t rows) {
+  constexpr int lanes = Vec<T>::lanes, vectors = 2;
+  for (int64_t j0 = 0; j0 < columns; j0 += vectors * lanes)
+    for (int64_t k0 = start[j0] / kSteps * kSteps; k0 < n; k0 += kSteps) {
+      Vec<T> sum[Rows][vectors];
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; ++v) sum[r][v] = Vec<T>(T(0));
+      for (int64_t o = std::max<int64_t>(k0, start[j0]); o < std::min(k0 + kSteps, n); ++o) {
+        const T* row = w + o * columns + j0;
+        const int64_t seen = prefix[o] - j0;
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; ++v) {
+          const int64_t count = std::clamp<int64_t>(seen - v * lanes, 0, lanes);
+          const Vec<T> weights = load_up_to(row + v * lanes, count);
+          const Mask<T> mask = first_lanes<T>(int(count));
+#pragma GCC unroll 8
+          for (int r = 0; r < Rows; ++r) {
+            const Vec<T> more = multiply_add(weights, Vec<T>(d[o * rows + r]), sum[r][v]);
+            sum[r][v] = count == lanes ? more : select(mask, more, sum[r][v]);
+          }
+        }
+      }
+      for (int r = 0; r < Rows; ++r)
+        for (int v = 0; v < vectors; ++v) {
+          T each[lanes];
+          sum[r][v].store(each);
+          const int64_t j = j0 + v * lanes;
+          for (int64_t i = 0; i < std::min<int64_t>(lanes, columns - j); ++i)
+            c[(j + i) * rows + r] += each[i];
+        }
+    }
+}
+template <class T>
+void narrow_transposed(const T* w, int64_t n, int64_t columns, const int32_t* prefix,
+                       const int32_t* start, const T* d, T* c, int64_t rows, int64_t live) {
+  with_constant<kNarrowRows>(live, [&](auto count) {
+    narrow_transposed_rows<decltype(count)::value>(w, n, columns, prefix, start, d, c, rows);
+  });
+}
+
 }  // namespace fastflow

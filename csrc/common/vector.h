@@ -182,7 +182,11 @@ FASTFLOW_HD Mask<T> first_lanes(int n, std::integer_sequence<int, Lane...>) {
 }
 template <class T>
 FASTFLOW_HD Mask<T> first_lanes(int n) {
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+  return {typename Mask<T>::Bits((1u << n) - 1)};
+#else
   return first_lanes<T>(n, std::make_integer_sequence<int, Vec<T>::lanes>{});
+#endif
 }
 
 // The first n lanes (0 <= n <= lanes) of memory; the other lanes are 0 and never touched.
