@@ -8,13 +8,13 @@ The blocks depend on D and the dtype alone, so that a row's result does not depe
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from math import gcd
 
 import torch
 import triton
 import triton.language as tl
 from fastflow.kernels import math
+from fastflow.kernels.launch import device_of
 from fastflow.kernels.planar_flow_shared import parameter_gradients
 from torch import Tensor
 
@@ -168,11 +168,6 @@ def row_options(D: int, dtype: torch.dtype) -> dict[str, int | bool]:
         "maxnreg": 128,  # without it ptxas spills for the sake of occupancy
         "enable_fp_fusion": True,  # the default depends on the version
     }
-
-
-def device_of(tensor: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device and its current stream: make it the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def _run(

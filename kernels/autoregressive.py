@@ -1,0 +1,52 @@
+"""The affine autoregressive layer in Triton, its parallel direction: a masked network and its step.
+
+Letters and equations are those of `fastflow.reference.autoregressive` and `.scales`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fastflow.kernels import masked
+from torch import Tensor
+
+
+def autoregressive_forward(
+    x: Tensor,
+    terms: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    stairs: Tensor,
+    activation: int,
+    residual: bool,
+    scale: int,
+    c0: float,
+    c1: float,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y (B, D), ladj (B,), and what backward needs: all pre-activations and the outputs."""
+    net = masked.Network(weights, stairs, activation, residual)
+    return masked.forward(net, x, terms, biases, (scale, c0, c1), save)
+
+
+def autoregressive_backward(
+    dy: Tensor,
+    dladj: Tensor,
+    x: Tensor,
+    saved: Tensor,
+    weights: Sequence[Tensor],
+    stairs: Tensor,
+    activation: int,
+    residual: bool,
+    scale: int,
+    c0: float,
+    c1: float,
+    term_layers: int,
+    bias_layers: int,
+    x_grad: bool,
+    param_grads: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    """dx, and the gradients of terms, weights and biases; shape (0,) where not wanted."""
+    net = masked.Network(weights, stairs, activation, residual)
+    wanted = term_layers, bias_layers, x_grad, param_grads
+    return masked.backward(net, (dy, dladj), x, saved, (scale, c0, c1), *wanted)
