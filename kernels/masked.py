@@ -149,6 +149,7 @@ def backward(
     size = B * net.hidden_units
     has_step = step != NO_STEP
     dx = x.new_empty(x.shape) if x_grad else None
+    past = x.new_empty(x.shape) if x_grad and has_step else None  # what the step gives to dx
     d = x.new_empty(size)
     a = x.new_empty(size) if param_grads else None
     d_outputs = x.new_empty(B, widths[-1]) if has_step else cotangents[0]
@@ -159,7 +160,7 @@ def backward(
             options = masked_network.network_options(widths)
             masked_network.network_backward_kernel[(triton.cdiv(B, options["BLOCK_B"]),)](
                 *(dy, dladj, x, tuple(net.weights), net.stairs, saved, outputs, a, d, d_outputs),
-                *(dx, B, widths, net.hidden_units, net.activation, net.residual, *step),
+                *(dx, past, B, widths, net.hidden_units, net.activation, net.residual, *step),
                 *(param_grads, dot_precision(x.dtype)),
                 **options,
             )
@@ -167,11 +168,11 @@ def backward(
             if has_step:
                 options = affine.affine_options(widths[0], x.dtype)
                 affine.affine_grad_kernel[(triton.cdiv(B, options["BLOCK_B"]),)](
-                    *(dy, dladj, x, outputs, dx, d_outputs, net.stairs),
+                    *(dy, dladj, x, outputs, past, d_outputs, net.stairs),
                     *(net.order_at(net.hidden + 1), B, widths[0], *step),
                     **options,
                 )
-            _layers_backward(net, x, saved, a, d, d_outputs, dx, has_step)
+            _layers_backward(net, x, saved, a, d, d_outputs, dx, past)
         d_weights, d_biases = [none] * len(net.weights), [none] * len(net.weights)
         if param_grads:
             grads = _parameter_gradients(net, x, a, d, d_outputs)
@@ -191,7 +192,7 @@ def _layers_backward(
     d: Tensor,
     d_outputs: Tensor,
     dx: Tensor | None,
-    has_step: bool,
+    past: Tensor | None,
 ) -> None:
     B, hidden, widths = len(x), net.hidden, net.widths
     p = [None, *net.blocks(saved, B)]
@@ -201,12 +202,9 @@ def _layers_backward(
         N, K = widths[level + 1], widths[level]
         options = masked_layers.layer_options(N, K, x.dtype)
         grid = triton.cdiv(B, options["BLOCK_B"]), triton.cdiv(K, options["BLOCK_N"])
-        if level:
-            skip = found[level + 2] if skips(level + 2, hidden, net.residual) else None
-        else:
-            skip = dx if has_step else None  # what the affine step has left there
+        skip = found[level + 2] if skips(level + 2, hidden, net.residual) else None
         masked_layers.layer_pullback_kernel[grid](
-            *(found[level + 1], net.weights[level], p[level] if level else None, skip),
+            *(found[level + 1], net.weights[level], p[level], skip if level else past),
             *(found[level], values[level], net.stairs),
             *(net.order_at(level), net.order_at(level + 1), B, N, K),
             *(net.activation_of(level), dot_precision(x.dtype)),

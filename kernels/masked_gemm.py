@@ -12,6 +12,9 @@ Inside those ranges the mask decides which weights are loaded at all, so that ma
 hold anything. Where all of a tile's mask is set and the levels are stored in their order, as
 fastflow's own hidden levels are, loads are contiguous (SORTED); whether they are is seen on the
 device, since a launch must not wait for it. The order of a row's sums depends on the sizes alone.
+
+A tile leaves its plain sums in its output and takes them up again slice by slice: what is left to
+do with them, an activation above all, would spill registers if done to a whole tile at once.
 """
 
 import triton
@@ -19,6 +22,7 @@ import triton.language as tl
 from fastflow.kernels import activations
 
 SCAN = tl.constexpr(256)  # numbers of a staircase that are read at once
+SLICE = tl.constexpr(512)  # sums of a tile that are finished at once
 
 
 @triton.jit
@@ -141,18 +145,50 @@ def product_tile(
         *(dense, end, K, True, False, PRECISION, BLOCK_K),
     )
 
+    raw_ptr = p_ptr if out_ptr is None else out_ptr
+    tl.store(
+        raw_ptr + rows[:, None] * N + units[None, :], acc_bn, mask=ok_b[:, None] & ok_n[None, :]
+    )
+    tl.debug_barrier()
+    for slice_first in range(first, first + BLOCK_N, SLICE // BLOCK_B):
+        finish_product(
+            *(raw_ptr, bias_ptr, term_ptr, skip_ptr, p_ptr, out_ptr, order_ptr),
+            *(rows, slice_first, B, N, ACTIVATION, SLICE // BLOCK_B),
+        )
+
+
+@triton.jit
+def finish_product(
+    raw_ptr,
+    bias_ptr,
+    term_ptr,
+    skip_ptr,
+    p_ptr,
+    out_ptr,
+    order_ptr,
+    rows,
+    first,
+    B,
+    N,
+    ACTIVATION: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """What `product_tile` does to the plain sums A W^T of WIDTH units."""
+    k = first + tl.arange(0, WIDTH)
+    units = units_at(order_ptr, k, k < N, False)
     at = rows[:, None] * N + units[None, :]
-    ok = ok_b[:, None] & ok_n[None, :]
+    ok = (rows < B)[:, None] & (k < N)[None, :]
+    p_bn = tl.load(raw_ptr + at, mask=ok, other=0.0)
     if bias_ptr is not None:
-        acc_bn += tl.load(bias_ptr + units, mask=ok_n, other=0.0)[None, :]
+        p_bn += tl.load(bias_ptr + units, mask=k < N, other=0.0)[None, :]
     if term_ptr is not None:
-        acc_bn += tl.load(term_ptr + at, mask=ok, other=0.0)
+        p_bn += tl.load(term_ptr + at, mask=ok, other=0.0)
     if skip_ptr is not None:
-        acc_bn += tl.load(skip_ptr + at, mask=ok, other=0.0)
+        p_bn += tl.load(skip_ptr + at, mask=ok, other=0.0)
     if p_ptr is not None:
-        tl.store(p_ptr + at, acc_bn, mask=ok)
+        tl.store(p_ptr + at, p_bn, mask=ok)
     if out_ptr is not None:
-        tl.store(out_ptr + at, activations.value(acc_bn, ACTIVATION), mask=ok)
+        tl.store(out_ptr + at, activations.value(p_bn, ACTIVATION), mask=ok)
 
 
 @triton.jit
@@ -198,7 +234,7 @@ def pullback_tile(
     d_ptr,  # (B, N) cotangent of this level's pre-activations
     w_ptr,  # (N, K)
     p_ptr,  # (B, K) pre-activations of the level below, or None if that is the input
-    skip_ptr,  # (B, K) or None: a cotangent to add
+    skip_ptr,  # (B, K) or None: a cotangent to add, in memory of its own
     out_ptr,  # (B, K) cotangent of P below, of x if that is the input
     a_ptr,  # (B, K) or None: act(P) below, for the gradients of the weights
     below_ptr,  # (K,)
@@ -248,13 +284,41 @@ def pullback_tile(
             )
 
     at = rows[:, None] * K + columns[None, :]
-    ok = ok_b[:, None] & ok_j[None, :]
+    tl.store(out_ptr + at, acc_bj, mask=ok_b[:, None] & ok_j[None, :])
+    if (p_ptr is not None) | (skip_ptr is not None):
+        tl.debug_barrier()
+        for slice_first in range(first, first + BLOCK_N, SLICE // BLOCK_B):
+            finish_pullback(
+                *(p_ptr, skip_ptr, out_ptr, a_ptr, below_ptr),
+                *(rows, slice_first, B, K, ACTIVATION, SLICE // BLOCK_B),
+            )
+
+
+@triton.jit
+def finish_pullback(
+    p_ptr,
+    skip_ptr,
+    out_ptr,
+    a_ptr,
+    below_ptr,
+    rows,
+    first,
+    B,
+    K,
+    ACTIVATION: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """What `pullback_tile` does to the plain sums dP W of WIDTH units."""
+    j = first + tl.arange(0, WIDTH)
+    at = rows[:, None] * K + units_at(below_ptr, j, j < K, False)[None, :]
+    ok = (rows < B)[:, None] & (j < K)[None, :]
+    d_bj = tl.load(out_ptr + at, mask=ok, other=0.0)
     if p_ptr is not None:
         p_bj = tl.load(p_ptr + at, mask=ok, other=0.0)
         if ACTIVATION != activations.NONE:
-            acc_bj *= activations.slope(p_bj, ACTIVATION)
+            d_bj *= activations.slope(p_bj, ACTIVATION)
         if a_ptr is not None:
             tl.store(a_ptr + at, activations.value(p_bj, ACTIVATION), mask=ok)
     if skip_ptr is not None:
-        acc_bj += tl.load(skip_ptr + at, mask=ok, other=0.0)
-    tl.store(out_ptr + at, acc_bj, mask=ok)
+        d_bj += tl.load(skip_ptr + at, mask=ok, other=0.0)
+    tl.store(out_ptr + at, d_bj, mask=ok)

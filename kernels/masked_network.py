@@ -115,6 +115,7 @@ def layer_backward(
     below_d_ptr,
     a_ptr,
     dx_ptr,
+    past_ptr,
     below_ptr,
     order_ptr,
     rows,
@@ -126,7 +127,6 @@ def layer_backward(
     K: tl.constexpr,
     ACTIVATION: tl.constexpr,
     RESIDUAL: tl.constexpr,
-    AFFINE: tl.constexpr,
     PARAM_GRADS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -139,7 +139,7 @@ def layer_backward(
     for first in range(0, K, BLOCK_N):
         if LEVEL == 0:
             pullback_tile(
-                *(d_ptr, w_ptr, None, dx_ptr if AFFINE else None, dx_ptr, None),
+                *(d_ptr, w_ptr, None, past_ptr, dx_ptr, None),
                 *(below_ptr, order_ptr, rows, first, B, N, K),
                 *(activations.NONE, False, PRECISION, BLOCK_B, BLOCK_N, BLOCK_K),
             )
@@ -168,6 +168,7 @@ def network_backward_kernel(
     d_ptr,  # (B, n_l) of every hidden level: cotangents of the pre-activations
     do_ptr,  # (B, n_{L+1}) cotangent of the outputs, made here if there is an affine step
     dx_ptr,  # (B, n_0) or None
+    past_ptr,  # (B, n_0) or None: what reaches x past the network, for dx after an affine step
     B,
     WIDTHS: tl.constexpr,  # n_0 .. n_{L+1}
     HIDDEN_UNITS: tl.constexpr,  # n_1 + .. + n_L
@@ -190,7 +191,7 @@ def network_backward_kernel(
     ORDER_AT: tl.constexpr = WIDTHS[0] + 2 * HIDDEN_UNITS
     if SCALE != affine.NONE:
         affine.affine_grad_tile(
-            *(dy_ptr, dladj_ptr, x_ptr, o_ptr, dx_ptr, do_ptr, stairs_ptr, ORDER_AT, rows, B),
+            *(dy_ptr, dladj_ptr, x_ptr, o_ptr, past_ptr, do_ptr, stairs_ptr, ORDER_AT, rows, B),
             *(WIDTHS[0], SCALE, C0, C1, BLOCK_D),
         )
         tl.debug_barrier()
@@ -208,9 +209,19 @@ def network_backward_kernel(
             if PARAM_GRADS:
                 a_ptr -= B64 * WIDTHS[HIDDEN - i]
         layer_backward(
-            *(above_ptr, weights[HIDDEN - i], p_ptr, d_ptr, a_ptr, dx_ptr, below_ptr, order_ptr),
-            *(rows, B, B64, HIDDEN - i, HIDDEN, WIDTHS[HIDDEN - i + 1], WIDTHS[HIDDEN - i]),
-            *(ACTIVATION, RESIDUAL, SCALE != affine.NONE, PARAM_GRADS),
+            *(above_ptr, weights[HIDDEN - i], p_ptr, d_ptr, a_ptr, dx_ptr, past_ptr),
+            *(
+                below_ptr,
+                order_ptr,
+                rows,
+                B,
+                B64,
+                HIDDEN - i,
+                HIDDEN,
+                WIDTHS[HIDDEN - i + 1],
+                WIDTHS[HIDDEN - i],
+            ),
+            *(ACTIVATION, RESIDUAL, PARAM_GRADS),
             *(PRECISION, BLOCK_B, BLOCK_N, BLOCK_K),
         )
         above_ptr = d_ptr
@@ -234,5 +245,6 @@ def network_options(widths: tuple[int, ...]) -> dict[str, int | bool]:
         "BLOCK_D": max(4, min(triton.next_power_of_2(widths[0]), 64)),
         "num_warps": 4,
         "num_stages": 2,
+        "maxnreg": 128,  # without it ptxas spills for the sake of occupancy
         "enable_fp_fusion": True,  # the default depends on the version
     }

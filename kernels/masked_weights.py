@@ -69,7 +69,7 @@ def weight_tile(
     BLOCK_J: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """dW of a tile over rows begin .. end-1, exactly zero where masked; db from the first column."""
+    """dW of a tile over rows begin .. end-1, exactly zero where masked; db beside column 0."""
     dtype = dw_ptr.dtype.element_ty
     k = first_unit + tl.arange(0, BLOCK_N)
     j = first_column + tl.arange(0, BLOCK_J)

@@ -127,8 +127,9 @@ def test_rows_are_independent(target: Target) -> None:
 
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 def test_gradcheck(target: Target, residual: bool) -> None:
-    hidden = (6,) * 3
-    given = problem(3, 3, hidden, context=True, activation="tanh", residual=residual)
+    features, width = (2, 3) if target.slow else (3, 6)
+    hidden = (width,) * 3
+    given = problem(features, features, hidden, context=True, activation="tanh", residual=residual)
     given = given.to(target.device, torch.float64)
 
     def function(*leaves: torch.Tensor) -> torch.Tensor:

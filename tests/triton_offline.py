@@ -17,11 +17,19 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 import triton
-from fastflow.kernels import planar_flow, planar_flow_shared
+from fastflow.kernels import (
+    affine,
+    masked_layers,
+    masked_network,
+    masked_weights,
+    planar_flow,
+    planar_flow_shared,
+)
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -43,6 +51,17 @@ class Case:
     absent: tuple[str, ...] = ()  # pointers that are None
     may_spill: bool = False
     label: str = ""
+    divisible: tuple[str, ...] = ()  # numbers that are multiples of 16
+    tuples: dict[str, tuple[bool, ...]] = field(default_factory=dict)  # which pointers are there
+
+    @property
+    def name(self) -> str:
+        """The sizes and numbers that it was compiled for."""
+        numbers = {
+            key: self.constants.get(key) for key in ("D", "ACTIVATION", "SCALE", "PRECISION")
+        }
+        shown = [f"{key}={value}" for key, value in numbers.items() if value is not None]
+        return " ".join([*shown, *filter(None, [self.label])])
 
 
 @dataclass
@@ -107,6 +126,92 @@ def planar_flow_cases(features: list[int]) -> Iterator[Case]:
                     )
 
 
+ACTIVATIONS = range(7)
+STEPS = {0: (-6.9, 0.0), 1: (0.5, 1e-3), 2: (2.0, 1e-3), 3: (-5.0, 3.0), 4: (1.5, 0.0)}
+# features, hidden widths .., outputs
+SMALL_NETWORKS = [(3, 50, 50, 6), (16, 16, 16, 16, 32), (5, 10), (64, 128, 128, 128)]
+LAYERS = [(512, 512), (1024, 1024), (300, 7), (14, 300)]  # N, K
+
+
+def precisions(dtype: torch.dtype) -> tuple[str, ...]:
+    return ("ieee", "tf32") if dtype == torch.float32 else ("ieee",)
+
+
+def masked_layer_cases(everything: bool) -> Iterator[Case]:
+    """What networks with a wide layer are made of."""
+    for dtype in (torch.float32, torch.float64):
+        for N, K in LAYERS:
+            divisible = tuple(name for name, n in (("N", N), ("K", K)) if n % 16 == 0)
+            common = {"label": f"{N}x{K}", "divisible": divisible}
+            options = masked_layers.layer_options(N, K, dtype)
+            weights = masked_weights.weight_options(dtype)
+            for precision in precisions(dtype):
+                given = {"PRECISION": precision}
+                kernel = masked_weights.layer_weights_kernel
+                yield Case(kernel, dtype, given, weights, **common)
+                for number in ACTIVATIONS if everything or N == K == 512 else [0, 4]:
+                    given = {"PRECISION": precision, "ACTIVATION": number}
+                    kernel = masked_layers.layer_product_kernel
+                    yield Case(kernel, dtype, given, options, **common)
+                    absent = ("term_ptr", "skip_ptr", "p_ptr")
+                    yield Case(kernel, dtype, given, options, absent, **common)
+                    kernel = masked_layers.layer_pullback_kernel
+                    yield Case(kernel, dtype, given, options, **common)
+                    absent = ("skip_ptr", "a_ptr")
+                    yield Case(kernel, dtype, given, options, absent, **common)
+        for D in (1, 7, 512):
+            for scale, constants in STEPS.items():
+                given = dict(zip(("SCALE", "C0", "C1"), (scale, *constants)))
+                options = affine.affine_options(D, dtype)
+                divisible = ("D",) if D % 16 == 0 else ()
+                for kernel in (affine.affine_kernel, affine.affine_grad_kernel):
+                    yield Case(kernel, dtype, given, options, label=f"D={D}", divisible=divisible)
+
+
+def masked_network_cases(everything: bool) -> Iterator[Case]:
+    """Small networks, all layers in one launch."""
+    steps = {-1: (0.0, 0.0)} | STEPS
+    for dtype in (torch.float32, torch.float64):
+        for widths in SMALL_NETWORKS:
+            layers, residual = len(widths) - 1, len(widths) % 2 == 1
+            options = masked_network.network_options(widths)
+            common = {"label": "-".join(map(str, widths))}
+            for precision in precisions(dtype):
+                net = {"WIDTHS": widths, "PRECISION": precision}
+                yield Case(
+                    masked_weights.network_weights_kernel,
+                    dtype,
+                    net,
+                    masked_weights.weight_options(dtype),
+                    **common,
+                )
+                net = net | {"HIDDEN_UNITS": sum(widths[1:-1]), "RESIDUAL": residual}
+                for number in ACTIVATIONS if everything or widths[0] == 3 else [0, 4]:
+                    scale = number - 1 if widths[-1] == 2 * widths[0] and number < 6 else -1
+                    step = dict(zip(("SCALE", "C0", "C1"), (scale, *steps[scale])))
+                    given = net | step | {"ACTIVATION": number}
+                    first, every = (True,) + (False,) * (layers - 1), (True,) * layers
+                    yield Case(
+                        masked_network.network_forward_kernel,
+                        dtype,
+                        given,
+                        options,
+                        () if residual or number % 2 else ("p_ptr",),
+                        tuples={"weights": every, "biases": every, "terms": first},
+                        **common,
+                    )
+                    for grads in (True, False):
+                        yield Case(
+                            masked_network.network_backward_kernel,
+                            dtype,
+                            given | {"PARAM_GRADS": grads},
+                            options,
+                            () if grads else ("a_ptr",),
+                            tuples={"weights": every},
+                            **common,
+                        )
+
+
 def compile_case(case: Case, capability: int) -> Report:
     names = case.kernel.arg_names
     constants = case.constants | dict.fromkeys(case.absent)
@@ -117,11 +222,21 @@ def compile_case(case: Case, capability: int) -> Report:
     for i, name in enumerate(names):
         if name in constants:
             signature[name] = "constexpr"
+        elif name in case.tuples:
+            there = case.tuples[name]
+            signature[name] = tuple(pointer if one else "constexpr" for one in there)
+            for at, one in enumerate(there):
+                if one:
+                    attributes[i, at] = [["tt.divisibility", 16]]
+                else:
+                    constants[i, at] = None
         elif name.endswith("_ptr"):
-            signature[name] = pointer
+            signature[name] = "*i32" if name == "stairs_ptr" else pointer
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "i32"
+            if name in case.divisible:
+                attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(case.kernel, signature, constants, attributes)
     target = GPUTarget("cuda", capability, 32)
     return inspect(case, capability, triton.compile(source, target=target, options=options))
@@ -140,8 +255,9 @@ def inspect(case: Case, capability: int, compiled: triton.compiler.CompiledKerne
         faults.append(f"{stack} bytes of local memory")
     if shared > SHARED_MEMORY[capability]:
         faults.append(f"{shared} bytes of shared memory, there are {SHARED_MEMORY[capability]}")
-    if "tf32" in compiled.asm["ptx"]:
-        faults.append("TF32 arithmetic")
+    wanted = case.constants.get("PRECISION") == "tf32"
+    if ("tf32" in compiled.asm["ptx"]) != wanted:
+        faults.append("no TF32 arithmetic" if wanted else "TF32 arithmetic")
     faults += narrow_products(compiled.asm["ttir"])
     return Report(registers, stack, shared, faults)
 
@@ -157,16 +273,19 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="all blocks, not only the usual ones")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="only every Nth case")
     args = parser.parse_args()
-    cases = planar_flow_cases(ALL_FEATURES if args.all else USUAL_FEATURES)
+    cases = chain(
+        planar_flow_cases(ALL_FEATURES if args.all else USUAL_FEATURES),
+        masked_layer_cases(args.all),
+        masked_network_cases(args.all),
+    )
     jobs = [(case, device) for case in cases for device in SHARED_MEMORY][:: args.every]
-    bad = 0
     bad = 0
     for case, device in jobs:
         report = compile_case(case, device)
         flags = [name.lower() for name, value in case.constants.items() if value is True]
         print(
             f"sm_{device:<3} {case.kernel.__name__:30} {str(case.dtype)[6:]}",
-            f"D={case.constants['D']:<5} {case.label:5} registers {report.registers:3}",
+            f"{case.name:14} registers {report.registers:3}",
             f"local {report.local:3} shared {report.shared:6}",
             *flags,
             *(f"\n  FAULT: {fault}" for fault in report.faults),
