@@ -87,6 +87,5 @@ def layer_options(N: int, K: int, dtype: torch.dtype) -> dict[str, int | bool]:
         "BLOCK_K": 16,
         "num_warps": 8 if wide else 4,
         "num_stages": 3,
-        "maxnreg": 168,  # without it ptxas spills for the sake of occupancy
         "enable_fp_fusion": True,  # the default depends on the version
     }
