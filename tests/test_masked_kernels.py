@@ -214,7 +214,7 @@ def test_tiles_stop_at_the_stair() -> None:
     y, saved = made.made_forward(x, [], weights, biases, *setting, True)
     assert y[:, :tile].isfinite().all() and y[:, -1].isnan().all()
 
-    # units that see nothing from feature `tile` on, up to the multiple of a block that sums start at
+    # units that see nothing from feature `tile` on, to the multiple of a block where sums start
     blind = int((prefix <= tile).sum())
     dy = torch.randn_like(y)
     dy[:, : blind - blind % block] = NAN
