@@ -41,6 +41,19 @@ def scale_of(a, SCALE: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr):
 
 
 @triton.jit
+def inverse_scale(a, SCALE: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr):
+    """1 / s of the raw scale a."""
+    if SCALE == GATE:
+        inverse = 1.0 + math.exp(-a - C0)
+    elif (SCALE == SOFT_CLIP) | (SCALE == CLAMP):
+        inverse = math.exp(-scale_of(a, SCALE, C0, C1)[1])
+    else:
+        s = scale_of(a, SCALE, C0, C1)[0]
+        inverse = math.divide(tl.full(s.shape, 1.0, s.dtype), s)
+    return inverse
+
+
+@triton.jit
 def log_slope(a, SCALE: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr):
     """dl/da; for the clamp 1 everywhere (straight-through)."""
     if SCALE == SOFT_CLIP:

@@ -11,7 +11,14 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import triton
-from fastflow.kernels import activations, affine, masked_layers, masked_network, masked_weights
+from fastflow.kernels import (
+    activations,
+    affine,
+    masked_layers,
+    masked_network,
+    masked_sweep,
+    masked_weights,
+)
 from fastflow.kernels.launch import device_of, dot_precision
 from torch import Tensor
 
@@ -177,11 +184,15 @@ def backward(
         if param_grads:
             grads = _parameter_gradients(net, x, a, d, d_outputs)
             d_weights, d_biases = masked_weights.split_gradients(grads, widths, bias_layers)
-    d_terms = [
-        level if term_layers >> layer & 1 else none
-        for layer, level in enumerate([*net.blocks(d, B)[: net.hidden], d_outputs])
+    return dx if x_grad else none, _terms(net, d, d_outputs, term_layers), d_weights, d_biases
+
+
+def _terms(net: Network, d: Tensor, d_outputs: Tensor, term_layers: int) -> list[Tensor]:
+    """The cotangents of the terms that there are, which are those of the pre-activations."""
+    levels = [*net.blocks(d, len(d_outputs))[: net.hidden], d_outputs]
+    return [
+        level if term_layers >> layer & 1 else d.new_empty(0) for layer, level in enumerate(levels)
     ]
-    return dx if x_grad else none, d_terms, d_weights, d_biases
 
 
 def _layers_backward(
@@ -210,6 +221,63 @@ def _layers_backward(
             *(net.activation_of(level), dot_precision(x.dtype)),
             **options,
         )
+
+
+def inverse(
+    net: Network,
+    y: Tensor,
+    terms: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    step: tuple[int, float, float],
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x, ladj, saved) with y the result of the affine step at x."""
+    B, size = len(y), len(y) * net.hidden_units
+    p = y.new_empty(size + B * net.widths[-1])
+    x, ladj = y.new_zeros(y.shape), y.new_empty(B)
+    terms = [_or_none(term) for term in terms] or [None] * len(net.weights)
+    biases = [_or_none(bias) for bias in biases]
+    options = masked_sweep.sweep_options(y.dtype)
+    with device_of(y):
+        masked_sweep.sweep_kernel[(triton.cdiv(B, options["BLOCK_B"]),)](
+            *(y, tuple(terms), tuple(net.weights), tuple(biases), net.stairs, p),
+            *(y.new_zeros(size), x, ladj, B, net.widths, net.hidden_units),
+            *(net.activation, net.residual, *step, dot_precision(y.dtype)),
+            **options,
+        )
+    return x, ladj, p if save else y.new_empty(0)
+
+
+def inverse_backward(
+    net: Network,
+    cotangents: tuple[Tensor, Tensor],
+    x: Tensor,
+    saved: Tensor,
+    step: tuple[int, float, float],
+    term_layers: int,
+    bias_layers: int,
+    x_grad: bool,
+    param_grads: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    """dy and the gradients of terms, weights and biases from (dx, dladj), as `backward`."""
+    B, size, none = len(x), len(x) * net.hidden_units, x.new_empty(0)
+    a, d = x.new_empty(size), x.new_zeros(saved.shape)
+    dy = x.new_empty(x.shape)
+    options = masked_sweep.sweep_options(x.dtype)
+    with device_of(x):
+        masked_sweep.sweep_back_kernel[(triton.cdiv(B, options["BLOCK_B"]),)](
+            *(*cotangents, x, tuple(net.weights), net.stairs, saved, a, d, x.new_empty(x.shape)),
+            *(dy, B, net.widths, net.hidden_units, net.activation, net.residual, *step),
+            dot_precision(x.dtype),
+            **options,
+        )
+        d_outputs = d[size:].view(B, -1)
+        d_weights, d_biases = [none] * len(net.weights), [none] * len(net.weights)
+        if param_grads:
+            grads = _parameter_gradients(net, x, a, d[:size], d_outputs)
+            d_weights, d_biases = masked_weights.split_gradients(grads, net.widths, bias_layers)
+    d_terms = _terms(net, d[:size], d_outputs, term_layers)
+    return dy if x_grad else none, d_terms, d_weights, d_biases
 
 
 def _parameter_gradients(

@@ -145,6 +145,7 @@ def product_tile(
         *(dense, end, K, True, False, PRECISION, BLOCK_K),
     )
 
+    tl.static_assert(SLICE // BLOCK_B <= BLOCK_N, "a slice must not reach beyond its tile")
     raw_ptr = p_ptr if out_ptr is None else out_ptr
     tl.store(
         raw_ptr + rows[:, None] * N + units[None, :], acc_bn, mask=ok_b[:, None] & ok_n[None, :]
@@ -283,6 +284,7 @@ def pullback_tile(
                 *(dense, N, N, K, False, False, PRECISION, BLOCK_K),
             )
 
+    tl.static_assert(SLICE // BLOCK_B <= BLOCK_N, "a slice must not reach beyond its tile")
     at = rows[:, None] * K + columns[None, :]
     tl.store(out_ptr + at, acc_bj, mask=ok_b[:, None] & ok_j[None, :])
     if (p_ptr is not None) | (skip_ptr is not None):

@@ -240,7 +240,7 @@ def network_options(widths: tuple[int, ...]) -> dict[str, int | bool]:
     """Blocks and launch options of both kernels: few rows each, so that small batches spread."""
     return {
         "BLOCK_B": 16,
-        "BLOCK_N": max(16, min(triton.next_power_of_2(max(widths)), 64)),
+        "BLOCK_N": 32 if max(widths) <= 32 else 64,
         "BLOCK_K": 16,
         "BLOCK_D": max(4, min(triton.next_power_of_2(widths[0]), 16)),
         "num_warps": 4,

@@ -26,6 +26,7 @@ from fastflow.kernels import (
     affine,
     masked_layers,
     masked_network,
+    masked_sweep,
     masked_weights,
     planar_flow,
     planar_flow_shared,
@@ -200,6 +201,8 @@ def masked_network_cases(everything: bool) -> Iterator[Case]:
                         tuples={"weights": every, "biases": every, "terms": first},
                         **common,
                     )
+                    if scale >= 0:
+                        yield from masked_sweep_cases(dtype, given, common)
                     for grads in (True, False):
                         yield Case(
                             masked_network.network_backward_kernel,
@@ -210,6 +213,14 @@ def masked_network_cases(everything: bool) -> Iterator[Case]:
                             tuples={"weights": every},
                             **common,
                         )
+
+
+def masked_sweep_cases(dtype: torch.dtype, given: dict, common: dict) -> Iterator[Case]:
+    every, options = (True,) * (len(given["WIDTHS"]) - 1), masked_sweep.sweep_options(dtype)
+    tuples = {"weights": every, "biases": every, "terms": every}
+    yield Case(masked_sweep.sweep_kernel, dtype, given, options, tuples=tuples, **common)
+    tuples = {"weights": every}
+    yield Case(masked_sweep.sweep_back_kernel, dtype, given, options, tuples=tuples, **common)
 
 
 def compile_case(case: Case, capability: int) -> Report:
