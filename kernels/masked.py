@@ -1,7 +1,7 @@
 """Launches the passes of a masked network in Triton: all layers at once if small, else one by one.
 
 What both ops on such networks share. `saved` holds P_1 .. P_L, and the outputs if an affine step
-follows, one (B, n_l) block after the other. `affine` is that step, (scale, c0, c1), or `NO_STEP`.
+follows, one (B, n_l) block after the other. `step` is (scale, c0, c1) of that step, or `NO_STEP`.
 """
 
 from __future__ import annotations
@@ -237,7 +237,7 @@ def inverse(
     x, ladj = y.new_zeros(y.shape), y.new_empty(B)
     terms = [_or_none(term) for term in terms] or [None] * len(net.weights)
     biases = [_or_none(bias) for bias in biases]
-    options = masked_sweep.sweep_options(y.dtype)
+    options = masked_sweep.sweep_options()
     with device_of(y):
         masked_sweep.sweep_kernel[(triton.cdiv(B, options["BLOCK_B"]),)](
             *(y, tuple(terms), tuple(net.weights), tuple(biases), net.stairs, p),
@@ -263,7 +263,7 @@ def inverse_backward(
     B, size, none = len(x), len(x) * net.hidden_units, x.new_empty(0)
     a, d = x.new_empty(size), x.new_zeros(saved.shape)
     dy = x.new_empty(x.shape)
-    options = masked_sweep.sweep_options(x.dtype)
+    options = masked_sweep.sweep_options()
     with device_of(x):
         masked_sweep.sweep_back_kernel[(triton.cdiv(B, options["BLOCK_B"]),)](
             *(*cotangents, x, tuple(net.weights), net.stairs, saved, a, d, x.new_empty(x.shape)),

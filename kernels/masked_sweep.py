@@ -10,7 +10,6 @@ replaces, from operands that start as zeros; cotangents that are complete are co
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from fastflow.kernels import activations, affine
@@ -287,12 +286,12 @@ def sweep_back_kernel(
             order_ptr = below_ptr
 
 
-def sweep_options(dtype: torch.dtype) -> dict[str, int | bool]:
+def sweep_options() -> dict[str, int | bool]:
     """Blocks and launch options of both kernels: few rows, since a row's sweep is long."""
     return {
         "BLOCK_B": 16,
         "BLOCK_N": 32,
-        "BLOCK_K": 32 if dtype == torch.float32 else 16,
+        "BLOCK_K": 16,
         "num_warps": 4,
         "num_stages": 2,
         "enable_fp_fusion": True,  # the default depends on the version

@@ -110,6 +110,18 @@ def run_step(module: object, given: Inputs, wanted: tuple = (True, True)) -> dic
     return {"y": y, "ladj": ladj} | named(*grads)
 
 
+def run_inverse(module: object, given: Inputs) -> dict:
+    """Likewise for its inverse."""
+    setting = given.stairs, TANH, given.residual, *STEP
+    x, ladj, saved = module.autoregressive_inverse(
+        given.x, given.terms, given.weights, given.biases, *setting, True
+    )
+    grads = module.autoregressive_inverse_backward(
+        *(ramp(x), -ramp(ladj), x, saved, given.weights, *setting, *given.bits, True, True)
+    )
+    return {"x": x, "ladj": ladj} | named(*grads)
+
+
 def assert_matches(given: Inputs) -> None:
     """As good as the reference in the same type, both measured by the reference in float64."""
     for run, ours, theirs in (
@@ -152,14 +164,15 @@ def test_only_what_is_wanted() -> None:
                 assert torch.equal(value, full[name] if there else full[name].new_empty(0)), name
 
 
-def test_masked_weights_may_hold_anything() -> None:
+@pytest.mark.parametrize("run", [run_step, run_inverse])
+def test_masked_weights_may_hold_anything(run: Callable) -> None:
     given = Inputs(3, 6, (40, 35))
-    clean = run_step(autoregressive, given)
+    clean = run(autoregressive, given)
     for weight, seen in zip(given.weights, given.masks):
         weight[~seen] = torch.tensor([NAN, float("inf")], device=DEVICE).repeat(2000)[
             : int((~seen).sum())
         ]
-    dirty = run_step(autoregressive, given)
+    dirty = run(autoregressive, given)
     for name, value in dirty.items():
         assert torch.equal(value, clean[name]), name
     for layer, seen in enumerate(given.masks, 1):
@@ -241,11 +254,12 @@ def test_tiles_skip_what_the_mask_allows(H: int) -> None:
         assert max(product, pullback) * block <= 1.1 * needed
 
 
-def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("run", [run_step, run_inverse])
+def test_memory(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing outside a tensor is read or written, and all of every output is written."""
-    for sizes, fill in (((5, 3, (7, 35)), NAN), ((5, 3, (7, 35)), 3.0), ((2, 33, ()), 3.0)):
+    for sizes, fill in (((5, 3, (7, 35)), NAN), ((5, 3, (7, 35)), 3.0), ((2, 17, ()), 3.0)):
         given = Inputs(*sizes)
-        want = run_step(autoregressive, given)
+        want = run(autoregressive, given)
         fence = Fenced(fill)  # NaN shows what is read, a number what is written
         fenced = given.to(torch.float32)
         fenced.x = fence.copy(given.x)
@@ -254,7 +268,7 @@ def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         with monkeypatch.context() as patch:
             patch.setattr(Tensor, "new_empty", fence_new_empty(fence))
-            got = run_step(autoregressive, fenced)
+            got = run(autoregressive, fenced)
         assert fence.intact()
         for name, value in got.items():
             assert torch.equal(value, want[name]), name

@@ -216,7 +216,7 @@ def masked_network_cases(everything: bool) -> Iterator[Case]:
 
 
 def masked_sweep_cases(dtype: torch.dtype, given: dict, common: dict) -> Iterator[Case]:
-    every, options = (True,) * (len(given["WIDTHS"]) - 1), masked_sweep.sweep_options(dtype)
+    every, options = (True,) * (len(given["WIDTHS"]) - 1), masked_sweep.sweep_options()
     tuples = {"weights": every, "biases": every, "terms": every}
     yield Case(masked_sweep.sweep_kernel, dtype, given, options, tuples=tuples, **common)
     tuples = {"weights": every}
