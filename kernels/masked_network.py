@@ -245,5 +245,6 @@ def network_options(widths: tuple[int, ...]) -> dict[str, int | bool]:
         "BLOCK_D": max(4, min(triton.next_power_of_2(widths[0]), 16)),
         "num_warps": 4,
         "num_stages": 2,
+        "maxnreg": 255,  # without it ptxas spills for the sake of occupancy
         "enable_fp_fusion": True,  # the default depends on the version
     }

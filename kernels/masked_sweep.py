@@ -292,7 +292,8 @@ def sweep_options() -> dict[str, int | bool]:
         "BLOCK_B": 16,
         "BLOCK_N": 32,
         "BLOCK_K": 16,
-        "num_warps": 4,
+        "num_warps": 8,
         "num_stages": 2,
+        "maxnreg": 255,  # without it ptxas spills for the sake of occupancy
         "enable_fp_fusion": True,  # the default depends on the version
     }
