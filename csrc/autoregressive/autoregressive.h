@@ -2,7 +2,10 @@
 // torch header, so that the binding and the kernels can both include it.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+
+struct CUstream_st;
 
 namespace fastflow {
 
@@ -55,6 +58,11 @@ struct AutoregressiveArgs {
   const void* d_ladj;  // (B), affine only
   void* d_in;          // (B, D)
 
+  // CUDA only; the stairs are in device memory then.
+  void* workspace;       // device memory of the size that the query below returns
+  int64_t shared_limit;  // bytes of shared memory that a block may ask for
+  int64_t processors;    // multiprocessors of the GPU
+
   int64_t outputs() const { return layers[layer_count - 1].rows; }
 };
 
@@ -63,5 +71,15 @@ void autoregressive_forward_cpu(const AutoregressiveArgs& args);
 void autoregressive_backward_cpu(const AutoregressiveArgs& args);
 void autoregressive_inverse_cpu(const AutoregressiveArgs& args);
 void autoregressive_inverse_backward_cpu(const AutoregressiveArgs& args);
+
+enum class MaskedPass { forward, backward, inverse, inverse_backward };
+
+// Enqueues a pass on the stream; returns nullptr, or what is wrong.
+const char* autoregressive_cuda(MaskedPass pass, const AutoregressiveArgs& args,
+                                CUstream_st* stream);
+// Bytes of workspace that the call above needs; the contents need no initialisation.
+size_t autoregressive_cuda_workspace(MaskedPass pass, const AutoregressiveArgs& args);
+// Sets shared_limit and processors to those of the current device.
+const char* autoregressive_cuda_device(AutoregressiveArgs& args);
 
 }  // namespace fastflow

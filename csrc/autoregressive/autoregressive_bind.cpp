@@ -1,7 +1,5 @@
 // Registers made and autoregressive with PyTorch: from stable-ABI tensors to AutoregressiveArgs and
-// back. On the GPU these ops run in Triton; the CUDA library has none.
-#ifndef FASTFLOW_CUDA
-
+// back. Compiled into the CPU libraries, and with -DFASTFLOW_CUDA into the CUDA one.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -9,10 +7,20 @@
 #include <tuple>
 #include <vector>
 
-#include "autoregressive_tile.h"
+#ifdef FASTFLOW_CUDA
+#include <torch/csrc/stable/accelerator.h>
+#endif
+
+#include "autoregressive.h"
 
 namespace fastflow {
 namespace {
+
+#ifdef FASTFLOW_CUDA
+constexpr bool kOnDevice = true;
+#else
+constexpr bool kOnDevice = false;
+#endif
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -26,40 +34,51 @@ void check(bool good, const char* name, const char* what = "") {
   STD_TORCH_CHECK(good, "autoregressive: ", name, what);
 }
 
+void check_place(const Tensor& tensor, const char* name, const Tensor& first) {
+  check(tensor.is_contiguous(), name, " must be contiguous");
+  check(tensor.get_device_index() == first.get_device_index() && tensor.is_cpu() == first.is_cpu(),
+        name, " must be on the device of the first argument");
+}
+
 void check_like(const Tensor& tensor, const char* name, const Tensor& first, Shape shape) {
   check(tensor.scalar_type() == first.scalar_type(), name,
         " must have the dtype of the first argument");
-  check(tensor.is_cpu() && tensor.is_contiguous(), name, " must be contiguous and on the CPU");
+  check_place(tensor, name, first);
   const auto sizes = tensor.sizes();
   bool same = sizes.size() == shape.size();
   for (size_t i = 0; same && i < sizes.size(); ++i) same = sizes[i] == shape.begin()[i];
   check(same, name, " has the wrong shape");
 }
 
-Tensor empty(Shape shape, const Tensor& like) {
+Tensor empty(Shape shape, const Tensor& like, ScalarType dtype) {
   int64_t strides[2] = {1, 1};
   if (shape.size() == 2) strides[0] = shape.begin()[1];
-  const int32_t dtype = like.scalar_type() == ScalarType::Double ? aoti_torch_dtype_float64()
-                                                                 : aoti_torch_dtype_float32();
+  int32_t device_type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  const int32_t type = dtype == ScalarType::Double  ? aoti_torch_dtype_float64()
+                       : dtype == ScalarType::Float ? aoti_torch_dtype_float32()
+                                                    : aoti_torch_dtype_uint8();
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(int64_t(shape.size()), shape.begin(), strides, dtype,
-                               aoti_torch_device_type_cpu(), -1, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.begin(),
+                                                         strides, type, device_type,
+                                                         like.get_device_index(), &handle));
   return Tensor(handle);
 }
+Tensor empty(Shape shape, const Tensor& like) { return empty(shape, like, like.scalar_type()); }
 
-// The stairs of a call, level by level.
+// The stairs of a call, level by level. What they hold is checked where the host can read it.
 class Stairs {
  public:
-  explicit Stairs(const Tensor& stairs) : next_(nullptr) {
-    check(stairs.scalar_type() == ScalarType::Int && stairs.dim() == 1 && stairs.is_cpu() &&
-              stairs.is_contiguous(),
-          "stairs must be a contiguous vector of int32 on the CPU");
+  Stairs(const Tensor& stairs, const Tensor& x) : next_(nullptr) {
+    check(stairs.scalar_type() == ScalarType::Int && stairs.dim() == 1,
+          "stairs must be a vector of int32");
+    check_place(stairs, "stairs", x);
     next_ = static_cast<const int32_t*>(stairs.data_ptr());
     end_ = next_ + stairs.size(0);
   }
   const int32_t* order(int64_t n) {
     const int32_t* order = take(n);
+    if (kOnDevice) return order;
     seen_.assign(size_t(n), false);
     for (int64_t k = 0; k < n; ++k) {
       check(order[k] >= 0 && order[k] < n && !seen_[size_t(order[k])],
@@ -70,6 +89,7 @@ class Stairs {
   }
   const int32_t* prefix(int64_t n, int64_t columns) {
     const int32_t* prefix = take(n);
+    if (kOnDevice) return prefix;
     for (int64_t k = 0; k < n; ++k)
       check(prefix[k] >= (k ? prefix[k - 1] : 0) && prefix[k] <= columns,
             "stairs: prefixes must be between 0 and the units of the level before, and must not "
@@ -113,7 +133,7 @@ struct Call {
     args.is_double = dtype == ScalarType::Double;
     check_like(x, "the first argument", x, {args.batch, args.features});
 
-    Stairs levels(stairs);
+    Stairs levels(stairs, x);
     int64_t columns = args.features;
     const int32_t* column_order = levels.order(columns);
     for (const Tensor& weight : weights) {
@@ -167,17 +187,45 @@ struct Call {
   }
 };
 
-using Launcher = void (*)(const AutoregressiveArgs&);
+#ifdef FASTFLOW_CUDA
+void launch(MaskedPass pass, AutoregressiveArgs& args, const Tensor& x) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  const char* error = autoregressive_cuda_device(args);
+  check(error == nullptr, "CUDA: ", error ? error : "");
+  const int64_t bytes = int64_t(autoregressive_cuda_workspace(pass, args));
+  const Tensor memory = empty({bytes}, x, ScalarType::Byte);
+  args.workspace = memory.data_ptr();
+  error = autoregressive_cuda(pass, args, static_cast<CUstream_st*>(stream));
+  check(error == nullptr, "CUDA: ", error ? error : "");
+}
+#else
+void launch(MaskedPass pass, const AutoregressiveArgs& args, const Tensor&) {
+  switch (pass) {
+    case MaskedPass::forward:
+      return autoregressive_forward_cpu(args);
+    case MaskedPass::backward:
+      return autoregressive_backward_cpu(args);
+    case MaskedPass::inverse:
+      return autoregressive_inverse_cpu(args);
+    case MaskedPass::inverse_backward:
+      return autoregressive_inverse_backward_cpu(args);
+  }
+}
+#endif
 
 // What fastflow/native.py tells torch.compile: any layout in tiles of up to 64 rows fits.
 int64_t saved_size(const AutoregressiveArgs& args) {
-  return (args.batch + 63) / 64 * 64 * TileShape(args).total;
+  int64_t units = args.affine ? args.outputs() : 0;
+  for (int64_t l = 0; l + 1 < args.layer_count; ++l) units += args.layers[l].rows;
+  return (args.batch + 63) / 64 * 64 * units;
 }
 
 // Both directions of autoregressive, and made: {result, ladj, saved}. `in` is the op's input.
-std::tuple<Tensor, Tensor, Tensor> run(Call& call, Launcher launch, const Tensor& in, bool save,
-                                       bool inverse) {
+std::tuple<Tensor, Tensor, Tensor> run(Call& call, MaskedPass pass, const Tensor& in, bool save) {
   AutoregressiveArgs& args = call.args;
+  const bool inverse = pass == MaskedPass::inverse;
   const int64_t B = args.batch;
   Tensor out = empty({B, args.affine ? args.features : args.outputs()}, in);
   Tensor ladj = empty({args.affine ? B : 0}, in);
@@ -186,11 +234,11 @@ std::tuple<Tensor, Tensor, Tensor> run(Call& call, Launcher launch, const Tensor
   args.y = inverse ? in.data_ptr() : out.data_ptr();
   args.ladj = ladj.data_ptr();
   args.saved = save ? saved.data_ptr() : nullptr;
-  launch(args);
+  launch(pass, args, in);
   return {std::move(out), std::move(ladj), std::move(saved)};
 }
 
-Gradients run_backward(Call& call, Launcher launch, const Tensor& d_out, const Tensor* d_ladj,
+Gradients run_backward(Call& call, MaskedPass pass, const Tensor& d_out, const Tensor* d_ladj,
                        const Tensor& x, const Tensor& saved, int64_t terms_grad,
                        int64_t biases_given, bool x_grad, bool param_grads) {
   AutoregressiveArgs& args = call.args;
@@ -215,7 +263,7 @@ Gradients run_backward(Call& call, Launcher launch, const Tensor& d_out, const T
     layer.dweight = param_grads ? dweights[l].data_ptr() : nullptr;
     layer.dbias = bias ? dbiases[l].data_ptr() : nullptr;
   }
-  launch(args);
+  launch(pass, args, x);
   return {std::move(d_in), std::move(dterms), std::move(dweights), std::move(dbiases)};
 }
 
@@ -224,7 +272,7 @@ std::tuple<Tensor, Tensor> made_forward(Tensor x, Tensors terms, Tensors weights
                                         bool save) {
   Call call(x, weights, stairs, activation, residual);
   call.set_parameters(x, terms, biases);
-  auto [y, ladj, saved] = run(call, autoregressive_forward_cpu, x, save, false);
+  auto [y, ladj, saved] = run(call, MaskedPass::forward, x, save);
   return {std::move(y), std::move(saved)};
 }
 
@@ -232,11 +280,11 @@ Gradients made_backward(Tensor dy, Tensor x, Tensor saved, Tensors weights, Tens
                         int64_t activation, bool residual, int64_t terms_grad, int64_t biases_given,
                         bool x_grad, bool param_grads) {
   Call call(x, weights, stairs, activation, residual);
-  return run_backward(call, autoregressive_backward_cpu, dy, nullptr, x, saved, terms_grad,
-                      biases_given, x_grad, param_grads);
+  return run_backward(call, MaskedPass::backward, dy, nullptr, x, saved, terms_grad, biases_given,
+                      x_grad, param_grads);
 }
 
-template <Launcher launch, bool inverse>
+template <MaskedPass pass>
 std::tuple<Tensor, Tensor, Tensor> autoregressive(Tensor in, Tensors terms, Tensors weights,
                                                   Tensors biases, Tensor stairs, int64_t activation,
                                                   bool residual, int64_t scale, double c0,
@@ -244,10 +292,10 @@ std::tuple<Tensor, Tensor, Tensor> autoregressive(Tensor in, Tensors terms, Tens
   Call call(in, weights, stairs, activation, residual);
   call.set_scale(scale, c0, c1);
   call.set_parameters(in, terms, biases);
-  return run(call, launch, in, save, inverse);
+  return run(call, pass, in, save);
 }
 
-template <Launcher launch>
+template <MaskedPass pass>
 Gradients autoregressive_gradients(Tensor d_out, Tensor dladj, Tensor x, Tensor saved,
                                    Tensors weights, Tensor stairs, int64_t activation,
                                    bool residual, int64_t scale, double c0, double c1,
@@ -255,23 +303,25 @@ Gradients autoregressive_gradients(Tensor d_out, Tensor dladj, Tensor x, Tensor 
                                    bool param_grads) {
   Call call(x, weights, stairs, activation, residual);
   call.set_scale(scale, c0, c1);
-  return run_backward(call, launch, d_out, &dladj, x, saved, terms_grad, biases_given, x_grad,
+  return run_backward(call, pass, d_out, &dladj, x, saved, terms_grad, biases_given, x_grad,
                       param_grads);
+}
+
+void register_masked(torch::stable::detail::StableLibrary& m) {
+  m.impl("made_forward", TORCH_BOX(&made_forward));
+  m.impl("made_backward", TORCH_BOX(&made_backward));
+  m.impl("autoregressive_forward", TORCH_BOX(&autoregressive<MaskedPass::forward>));
+  m.impl("autoregressive_inverse", TORCH_BOX(&autoregressive<MaskedPass::inverse>));
+  m.impl("autoregressive_backward", TORCH_BOX(&autoregressive_gradients<MaskedPass::backward>));
+  m.impl("autoregressive_inverse_backward",
+         TORCH_BOX(&autoregressive_gradients<MaskedPass::inverse_backward>));
 }
 
 }  // namespace
 }  // namespace fastflow
 
-STABLE_TORCH_LIBRARY_IMPL(fastflow, CPU, m) {
-  using namespace fastflow;
-  m.impl("made_forward", TORCH_BOX(&made_forward));
-  m.impl("made_backward", TORCH_BOX(&made_backward));
-  m.impl("autoregressive_forward", TORCH_BOX((&autoregressive<autoregressive_forward_cpu, false>)));
-  m.impl("autoregressive_inverse", TORCH_BOX((&autoregressive<autoregressive_inverse_cpu, true>)));
-  m.impl("autoregressive_backward",
-         TORCH_BOX(&autoregressive_gradients<autoregressive_backward_cpu>));
-  m.impl("autoregressive_inverse_backward",
-         TORCH_BOX(&autoregressive_gradients<autoregressive_inverse_backward_cpu>));
-}
-
-#endif  // FASTFLOW_CUDA
+#ifdef FASTFLOW_CUDA
+STABLE_TORCH_LIBRARY_IMPL(fastflow, CUDA, m) { fastflow::register_masked(m); }
+#else
+STABLE_TORCH_LIBRARY_IMPL(fastflow, CPU, m) { fastflow::register_masked(m); }
+#endif

@@ -18,6 +18,8 @@ __device__ T* shared_memory() {
   return reinterpret_cast<T*>(dynamic_shared_memory);
 }
 
+constexpr size_t kSharedUnasked = 48 << 10;  // bytes a block gets without asking
+
 // Launches kernels one after another on a stream; after an error it launches none.
 class Stream {
  public:
@@ -32,7 +34,10 @@ class Stream {
     config.blockDim = dim3(unsigned(block));
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream_;
-    error_ = cudaLaunchKernelEx(&config, kernel, args...);
+    if (shared_bytes > kSharedUnasked)
+      error_ = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    int(shared_bytes));
+    if (error_ == cudaSuccess) error_ = cudaLaunchKernelEx(&config, kernel, args...);
   }
 
   // nullptr, or the text of the first error.
