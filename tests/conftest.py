@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton decorates anything
+
+import cuda_on_host
 
 import fastflow
 from fastflow import backends
@@ -79,6 +82,12 @@ def threads() -> Iterator[None]:
 def one_thread(threads: None) -> None:
     """Runs the test in one thread."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def host_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The CUDA kernels, compiled for the host."""
+    return cuda_on_host.compile_kernels(tmp_path_factory.mktemp("cuda_on_host"))
 
 
 @pytest.fixture(autouse=True)

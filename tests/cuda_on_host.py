@@ -55,6 +55,9 @@ def compile_kernels(folder: Path, csrc: Path = ROOT / "csrc") -> ctypes.CDLL:
     loaded.cuda_shim_free.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     loaded.planar_flow.restype = ctypes.c_char_p
     loaded.planar_flow_workspace.restype = ctypes.c_size_t
+    loaded.autoregressive.restype = ctypes.c_char_p
+    loaded.autoregressive_workspace.restype = ctypes.c_size_t
+    loaded.autoregressive_saved.restype = ctypes.c_int64
     return loaded
 
 

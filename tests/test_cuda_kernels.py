@@ -7,6 +7,8 @@ or a wrong lane mask does. It says nothing of speed, and nothing of CUDA's own e
 
 from __future__ import annotations
 
+import ctypes
+
 import cuda_on_host
 import pytest
 import torch
@@ -27,9 +29,8 @@ DTYPES = [torch.float32, torch.float64]
 
 
 @pytest.fixture(scope="session")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> cuda_on_host.Kernels:
-    folder = tmp_path_factory.mktemp("cuda_on_host")
-    return cuda_on_host.Kernels(cuda_on_host.compile_kernels(folder))
+def kernels(host_library: ctypes.CDLL) -> cuda_on_host.Kernels:
+    return cuda_on_host.Kernels(host_library)
 
 
 def check(

@@ -178,6 +178,12 @@ size_t autoregressive_cuda_workspace(MaskedPass pass, const AutoregressiveArgs& 
   return args.is_double ? workspace<double>(pass, sized) : workspace<float>(pass, sized);
 }
 
+int64_t autoregressive_cuda_saved(const AutoregressiveArgs& args) {
+  int64_t units = args.affine ? args.outputs() : 0;
+  for (int64_t l = 0; l + 1 < args.layer_count; ++l) units += args.layers[l].rows;
+  return units * divide_up<int64_t>(args.batch, kThreadRows) * kThreadRows;
+}
+
 const char* autoregressive_cuda_device(AutoregressiveArgs& args) {
   int device = 0, limit = 0, processors = 0;
   cudaError_t error = cudaGetDevice(&device);

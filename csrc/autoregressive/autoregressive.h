@@ -79,6 +79,8 @@ const char* autoregressive_cuda(MaskedPass pass, const AutoregressiveArgs& args,
                                 CUstream_st* stream);
 // Bytes of workspace that the call above needs; the contents need no initialisation.
 size_t autoregressive_cuda_workspace(MaskedPass pass, const AutoregressiveArgs& args);
+// Elements of `saved` that are used; the binding allocates whole tiles of 64 rows.
+int64_t autoregressive_cuda_saved(const AutoregressiveArgs& args);
 // Sets shared_limit and processors to those of the current device.
 const char* autoregressive_cuda_device(AutoregressiveArgs& args);
 

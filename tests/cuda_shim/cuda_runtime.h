@@ -14,6 +14,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __grid_constant__
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __shared__ \
@@ -26,7 +27,14 @@ struct dim3 {
 
 extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 
-enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration, cudaErrorLaunchFailure };
+enum cudaError_t {
+  cudaSuccess,
+  cudaErrorInvalidValue,
+  cudaErrorInvalidConfiguration,
+  cudaErrorLaunchFailure
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrMultiProcessorCount };
 typedef struct CUstream_st* cudaStream_t;
 
 struct cudaLaunchConfig_t {
@@ -39,7 +47,9 @@ namespace cuda_shim {
 
 enum class WarpCall { kSync, kShuffle };
 
-cudaError_t launch(const cudaLaunchConfig_t& config, const std::function<void()>& kernel);
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* function,
+                   const std::function<void()>& kernel);
+cudaError_t allow_shared(const void* function, int bytes);
 void sync_threads();
 // Waits for all lanes of the mask; returns the value that lane `source` brought.
 uint64_t meet_warp(WarpCall call, unsigned mask, uint64_t value, int source);
@@ -58,11 +68,19 @@ T shuffle(unsigned mask, T value, int source) {
 }  // namespace cuda_shim
 
 const char* cudaGetErrorString(cudaError_t error);
+cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+
+template <class... Params>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Params...), cudaFuncAttribute, int bytes) {
+  return cuda_shim::allow_shared(reinterpret_cast<const void*>(kernel), bytes);
+}
 
 template <class... Params, class... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
                                const Args&... args) {
-  return cuda_shim::launch(*config, [&] { kernel(args...); });
+  return cuda_shim::launch(*config, reinterpret_cast<const void*>(kernel),
+                           [&] { kernel(args...); });
 }
 
 inline void __syncthreads() { cuda_shim::sync_threads(); }

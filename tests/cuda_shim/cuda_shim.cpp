@@ -15,6 +15,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <map>
 #include <numeric>
 #include <random>
 #include <string>
@@ -26,7 +27,9 @@ dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace {
 
-constexpr size_t kSharedLimit = 48 << 10;  // what every GPU gives without being asked
+constexpr size_t kSharedUnasked = 48 << 10;  // what every GPU gives without being asked
+constexpr size_t kSharedLimit = 227 << 10;   // what one gives a kernel that has asked
+constexpr int kProcessors = 4;
 constexpr size_t kSharedGuard = 8 << 10;
 constexpr unsigned char kPoison = 0xff;  // makes NaNs
 constexpr size_t kStackBytes = 128 << 10;
@@ -65,6 +68,7 @@ int current;
 jmp_buf scheduler;
 sigjmp_buf interrupted;
 unsigned order_seed;  // 0: ascending, 1: descending, else random
+std::map<const void*, size_t> allowed_shared;
 std::string message;
 
 struct Failure {};
@@ -163,7 +167,7 @@ void prepare(Fiber& fiber, char* stack) {
 }
 
 void run_block(size_t shared_bytes) {
-  std::fill(std::begin(dynamic_shared_memory), std::end(dynamic_shared_memory), kPoison);
+  std::fill_n(dynamic_shared_memory, shared_bytes + kSharedGuard, kPoison);
   for (size_t i = 0; i < fibers.size(); ++i) prepare(fibers[i], stacks.data() + i * kStackBytes);
   const int threads = int(fibers.size());
   const std::vector<int> warps = shuffled((threads + kWarp - 1) / kWarp), lanes = shuffled(kWarp);
@@ -177,7 +181,7 @@ void run_block(size_t shared_bytes) {
       } while (complete_warp_calls(first));
     }
   } while (pass_barrier());
-  for (size_t i = shared_bytes; i < sizeof(dynamic_shared_memory); ++i)
+  for (size_t i = shared_bytes; i < shared_bytes + kSharedGuard; ++i)
     if (dynamic_shared_memory[i] != kPoison) fail("a write past the end of shared memory");
 }
 
@@ -211,11 +215,24 @@ uint64_t meet_warp(WarpCall call, unsigned mask, uint64_t value, int source) {
 
 int lane() { return current % kWarp; }
 
-cudaError_t launch(const cudaLaunchConfig_t& config, const std::function<void()>& kernel) {
+cudaError_t allow_shared(const void* function, int bytes) {
+  if (bytes < 0 || size_t(bytes) > kSharedLimit) {
+    message = "more shared memory than any GPU has";
+    return cudaErrorInvalidValue;
+  }
+  allowed_shared[function] = size_t(bytes);
+  return cudaSuccess;
+}
+
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* function,
+                   const std::function<void()>& kernel) {
+  const auto asked = allowed_shared.find(function);
+  const size_t allowed =
+      std::max(kSharedUnasked, asked == allowed_shared.end() ? 0 : asked->second);
   const dim3 grid = config.gridDim, block = config.blockDim;
   const uint64_t threads = uint64_t(block.x) * block.y * block.z;
   if (!threads || threads > 1024 || !grid.x || grid.x > 0x7fffffffu || !grid.y || grid.y > 65535 ||
-      !grid.z || grid.z > 65535 || config.dynamicSmemBytes > kSharedLimit) {
+      !grid.z || grid.z > 65535 || config.dynamicSmemBytes > allowed) {
     message = "invalid launch configuration";
     return cudaErrorInvalidConfiguration;
   }
@@ -243,6 +260,14 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const std::function<void()>
 
 const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : message.c_str();
+}
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? kProcessors : int(kSharedLimit);
+  return cudaSuccess;
 }
 
 extern "C" {
