@@ -13,7 +13,7 @@ from masked_oracle import ACTIVATIONS, SCALES, Problem, affine, affine_inverse, 
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastflow import IAF, MAF, MaskedAffineAutoregressive
+from fastflow import IAF, MAF, MaskedAffineAutoregressive, masks
 from fastflow.functional import autoregressive, autoregressive_inverse
 from fastflow.scales import Clamp, Gate, Scale, SoftClip
 
@@ -353,3 +353,24 @@ def test_bad_arguments() -> None:
         autoregressive(given.x, [torch.zeros(4, 3)], None, given.stairs)
     with pytest.raises(ValueError, match="slope is 2"):
         SoftClip(2)
+
+
+def test_masks_that_are_no_staircase() -> None:
+    """An adjacency matrix of which no degrees are: its zeros are the Jacobian's, and it inverts."""
+    adjacency = torch.tensor([[0, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0], [0, 1, 0, 0]]).bool()
+    given = masks.adjacency_masks(adjacency, (9, 7), 2)
+    weights = [torch.randn(mask.shape, dtype=torch.float64, requires_grad=True) for mask in given]
+    x = torch.randn(5, 4, dtype=torch.float64)
+    y, ladj = autoregressive(x, weights, None, given, activation="tanh")
+    jacobian = torch.autograd.functional.jacobian(
+        lambda v: autoregressive(v, weights, None, given, activation="tanh")[0], x[0]
+    )
+    assert torch.equal(jacobian != 0, adjacency | torch.eye(4).bool())
+    torch.testing.assert_close(ladj[0], torch.linalg.slogdet(jacobian)[1])
+    back, inverse_ladj = autoregressive_inverse(y, weights, None, given, activation="tanh")
+    torch.testing.assert_close(back, x)
+    torch.testing.assert_close(inverse_ladj, -ladj)
+    for weight, mask in zip(torch.autograd.grad(back.square().sum(), weights), given):
+        assert weight.isfinite().all() and (weight[~mask] == 0).all()
+    with pytest.raises(ValueError, match=r"stairs\[0\] has shape \(9, 3\) on cpu, must be"):
+        autoregressive(x, weights, None, [given[0][:, :3], *given[1:]])

@@ -185,17 +185,19 @@ def masked_network(
     terms: list[Tensor],
     weights: list[Tensor],
     biases: list[Tensor],
-    stairs: Tensor,
+    stairs: Tensor | Tensors,
     setting: tuple,
     recompute: bool,
 ) -> tuple[Tensor, ...]:
     """One of `OPS` on (B, D) rows, through a kernel where one can answer, else the reference.
 
     Kernels know reverse-mode derivatives only: torch.func and forward-mode tangents get the
-    reference, which PyTorch differentiates itself. So do empty tensors, and torch.compile where the
-    backend is no registered op.
+    reference, which PyTorch differentiates itself. So do empty tensors, masks that are no
+    staircase, and torch.compile where the backend is no registered op.
     """
     op, network = OPS[name], (x, terms, weights, biases, stairs)
+    if not isinstance(stairs, Tensor):
+        return op.reference(*network, *setting, False)[:-1]
     if not recompute and (outputs := by_node(name, *network, setting)) is not None:
         return outputs
     tensors = (x, *terms, *weights, *biases)

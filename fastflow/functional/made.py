@@ -14,7 +14,7 @@ def made(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None] | None,
-    stairs: Tensor,
+    stairs: Tensor | Sequence[Tensor],
     terms: Sequence[Tensor | None] | None = None,
     activation: str = "relu",
     residual: bool = False,
@@ -33,7 +33,8 @@ def made(
         weights: one (n_l, n_{l-1}) for every layer, n_0 = D. Masked-out entries may hold anything,
             and their gradient is exactly zero.
         biases: (n_l,) or None for every layer, or None.
-        stairs: the masks, as `fastflow.masks.staircase` writes them.
+        stairs: the masks, as `fastflow.masks.staircase` writes them; or, where they are no
+            staircase, a list of bool (n_l, n_{l-1}), which the reference computes.
         terms: (\*batch, n_l) or None for every layer, or None: what a context contributes. Their
             batches broadcast with that of x.
         activation: relu, tanh, elu, silu, gelu, softplus or leaky_relu.

@@ -29,7 +29,7 @@ def run(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None] | None,
-    stairs: Tensor,
+    stairs: Tensor | Sequence[Tensor],
     terms: Sequence[Tensor | None] | None,
     activation: str,
     residual: bool,
@@ -49,7 +49,8 @@ def run(
         The outputs of the op, with the batch shape of x and the terms.
     """
     setting = (NUMBERS[check_activation(op, activation)], bool(residual), *constants)
-    if not recompute and isinstance(weights, (list, tuple)):  # most calls need nothing below
+    plain = isinstance(weights, (list, tuple)) and isinstance(stairs, Tensor)
+    if plain and not recompute:  # most calls need nothing below
         lists = (
             () if terms is None else terms,
             weights,
@@ -113,7 +114,7 @@ def _check_shapes(
     weights: list[Tensor],
     biases: list[Tensor],
     terms: list[Tensor],
-    stairs: Tensor,
+    stairs: Tensor | Sequence[Tensor],
 ) -> None:
     if not x.dim() or not x.shape[-1]:
         raise ValueError(f"{op}: {x_name} has shape {tuple(x.shape)}, must be (*batch, D), D >= 1")
@@ -141,6 +142,9 @@ def _check_shapes(
                     raise ValueError(
                         f"{op}: {name}[{i}] has shape {tuple(tensor.shape)}, must be {form}"
                     )
+    if isinstance(stairs, (list, tuple)):
+        _check_masks(op, stairs, weights)
+        return
     if not isinstance(stairs, Tensor) or stairs.dtype != torch.int32:
         raise TypeError(f"{op}: stairs must be the int32 tensor of fastflow.masks.staircase")
     if stairs.shape != (entries,):
@@ -149,6 +153,19 @@ def _check_shapes(
         )
     if stairs.device != x.device:
         raise ValueError(f"{op}: stairs is on {stairs.device}, {x_name} is on {x.device}")
+
+
+def _check_masks(op: str, masks: Sequence[Tensor], weights: list[Tensor]) -> None:
+    if len(masks) != len(weights):
+        raise ValueError(f"{op}: stairs has {len(masks)} masks, weights has {len(weights)} entries")
+    for i, (mask, weight) in enumerate(zip(masks, weights)):
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            raise TypeError(f"{op}: stairs[{i}] must be a tensor of bool where stairs is a list")
+        if mask.shape != weight.shape or mask.device != weight.device:
+            raise ValueError(
+                f"{op}: stairs[{i}] has shape {tuple(mask.shape)} on {mask.device}, must be "
+                f"{tuple(weight.shape)} on {weight.device} as weights[{i}]"
+            )
 
 
 def _fold(biases: list[Tensor], terms: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
