@@ -120,7 +120,7 @@ def moderate(given: Problem) -> Problem:
 
 
 # One feature, no hidden layer, fewer units than features, widths around those of tiles, a stage of
-# more units than a panel takes.
+# more units than a panel takes, and stages of as many units and of one more.
 SIZES = [
     (1, 1, ()),
     (3, 1, (3,)),
@@ -131,6 +131,8 @@ SIZES = [
     (3, 33, (50, 50, 50)),
     (5, 4, (300, 65)),
     (2, 40, (129,)),
+    (3, 1, (253,)),
+    (3, 1, (254,)),
 ]
 by_size = pytest.mark.parametrize("rows, features, hidden", SIZES)
 
@@ -222,7 +224,7 @@ def test_workspace(kernels: Kernels, features: int, hidden: tuple[int, ...], op:
 
 
 # of tiles in shared memory, and of layers that are a kernel each
-by_kind = pytest.mark.parametrize("hidden", [(40, 33), (260,)], ids=["tiles", "layers"])
+by_kind = pytest.mark.parametrize("hidden", [(40, 33), (260, 9)], ids=["tiles", "layers"])
 
 
 @pytest.mark.parametrize("op", AFFINE)
@@ -271,7 +273,7 @@ def test_masked_weights_are_not_read(kernels: Kernels, hidden: tuple[int, ...], 
 @by_kind
 def test_infinity_stays_above_the_stair(kernels: Kernels, hidden: tuple[int, ...], op: str) -> None:
     """An infinite feature reaches later features only, although tiles hold both."""
-    given = moderate(problem(3, 8, hidden, order=None, activation="tanh"))
+    given = moderate(problem(3, 8, hidden, order=None))
     terms, weights, biases, stairs, *rest = in_type(torch.float32, network_of(given))
     x = torch.randn(3, 8)
     run = [terms, weights, biases, stairs, *rest, 0, *SoftClip().constants, True]
