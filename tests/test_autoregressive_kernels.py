@@ -113,7 +113,7 @@ class Case:
 
     @property
     def bits(self) -> tuple[int, int]:
-        """term_layers and bias_layers."""
+        """terms_grad and biases_given."""
         terms = sum(1 << i for i, term in enumerate(self.term_list) if term.numel())
         return terms, sum(1 << i for i, bias in enumerate(self.biases) if bias.numel())
 
@@ -136,7 +136,7 @@ class Case:
     def reference(self, dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], list[Tensor]]:
         """(y, ladj), and the leaves x, weights, biases, terms they were computed from."""
         leaf = [
-            [tensor.to(dtype).requires_grad_() for tensor in tensors]
+            [tensor.to(dtype, copy=True).requires_grad_() for tensor in tensors]
             for tensors in ([self.x], self.weights, self.biases, self.term_list)
         ]
         (x,), weights, biases, terms = leaf
