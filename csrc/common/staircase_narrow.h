@@ -8,7 +8,7 @@
 
 namespace fastflow {
 
-// From here on a vector of rows costs less than turning the weights; measured.
+// Up to so many rows the weights are turned; from there on whole vectors of rows are taken.
 inline constexpr int kNarrowRows = 4;
 
 // a b + c, rounded once where the loops of staircase.h round once. Said outright, since compilers
