@@ -32,10 +32,15 @@ MARKERS = {
 OWN = "#222222"
 
 
-def plot(run: Run, op: str, path: Path) -> None:
-    """The picture of one op."""
-    draw = plot_sweep if op in SWEEP_OPS else plot_speedups
-    draw(run, op, path)
+def plot(run: Run, op: str, path: Path) -> bool:
+    """The picture of one op; False if the run was cut short before there was something to draw."""
+    if op not in SWEEP_OPS:
+        plot_speedups(run, op, path)
+        return True
+    if {"forward", "inverse"} - {row.direction for row in run.rows_of(op)}:
+        return False
+    plot_sweep(run, op, path)
+    return True
 
 
 def plot_sweep(run: Run, op: str, path: Path) -> None:

@@ -139,7 +139,8 @@ def table(lines: list[dict]) -> str:
 
 def versions(run: Run) -> str:
     """What was measured, and whether the machine was quiet."""
-    names = ("fastflow", "triton", "cuda", "python", "normflows", "pyro-ppl")
+    names = ("fastflow", "triton", "cuda", "python")
+    names += ("zuko", "nflows", "normflows", "pyro-ppl")
     known = [f"{name} {run.facts[name]}" for name in names if run.facts.get(name)]
     line = ", ".join(known) + "."
     load, cores = run.facts["load"], run.facts["cores"]
@@ -209,8 +210,9 @@ def write(runs: list[Run], out: Path, readme: Path | None) -> list[Path]:
     for run in runs:
         for op in run.ops:
             picture = out / f"{op}-{run.name}.png"
-            plot(run, op, picture)
-            pictures.setdefault(run.name, []).append(picture)
+            drawn = pictures.setdefault(run.name, [])
+            if plot(run, op, picture):
+                drawn.append(picture)
     ops = dict.fromkeys(op for run in runs for op in run.ops)
     legends = [LEGEND, *(LEGENDS[op] for op in ops if op in LEGENDS)]
     parts = ["# Benchmarks", *legends, COPY_LEGEND]

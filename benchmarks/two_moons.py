@@ -2,8 +2,8 @@
 
 Maximum likelihood needs the density of data, which IAF computes by the inverse of its layers;
 reverse KL needs samples with densities, for which MAF inverts its own. Either costs about what the
-other direction does. Writes two_moons.png and two_moons.json, and prints
-the table. The picture needs matplotlib, which the extra `vae` brings.
+other direction does. Writes two_moons.png and two_moons.json, and prints the table. The picture
+needs matplotlib, which the extra `vae` brings.
 """
 
 from __future__ import annotations

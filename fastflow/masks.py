@@ -76,6 +76,8 @@ def hidden_degrees(width: int, features: int, lowest: int = 1) -> Tensor:
     """
     lowest = min(lowest, features - 1)
     count = features - lowest
+    if 1 < width < count:  # the lowest and the highest always have a unit
+        return lowest + torch.arange(width, device="cpu") * (count - 1) // (width - 1)
     return lowest + (torch.arange(1, width + 1, device="cpu") * count - 1) // width
 
 

@@ -1,8 +1,8 @@
 """The activations of masked networks and their derivatives, for Triton kernels.
 
 Both are functions of the pre-activation, chosen at compile time by the activation's number, its
-position in `fastflow.reference.network.ACTIVATIONS`. They keep NaN. Comparisons are written so that
-a NaN takes the branch that returns it: `x < 0`, not `x > 0`, decides where a constant is chosen.
+position in `fastflow.reference.network.ACTIVATIONS`. Values keep NaN: `x < 0`, not `x > 0`, decides
+where a constant is chosen.
 """
 
 import triton

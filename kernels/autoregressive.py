@@ -41,14 +41,14 @@ def autoregressive_backward(
     scale: int,
     c0: float,
     c1: float,
-    term_layers: int,
-    bias_layers: int,
+    terms_grad: int,
+    biases_given: int,
     x_grad: bool,
     param_grads: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     """dx, and the gradients of terms, weights and biases; shape (0,) where not wanted."""
     net = masked.Network(weights, stairs, activation, residual)
-    wanted = term_layers, bias_layers, x_grad, param_grads
+    wanted = terms_grad, biases_given, x_grad, param_grads
     return masked.backward(net, (dy, dladj), x, saved, (scale, c0, c1), *wanted)
 
 
@@ -82,12 +82,12 @@ def autoregressive_inverse_backward(
     scale: int,
     c0: float,
     c1: float,
-    term_layers: int,
-    bias_layers: int,
+    terms_grad: int,
+    biases_given: int,
     x_grad: bool,
     param_grads: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     """dy, and the gradients of terms, weights and biases; shape (0,) where not wanted."""
     net = masked.Network(weights, stairs, activation, residual)
-    wanted = term_layers, bias_layers, x_grad, param_grads
+    wanted = terms_grad, biases_given, x_grad, param_grads
     return masked.inverse_backward(net, (dx, dladj), x, saved, (scale, c0, c1), *wanted)

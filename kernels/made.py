@@ -32,12 +32,12 @@ def made_backward(
     stairs: Tensor,
     activation: int,
     residual: bool,
-    term_layers: int,
-    bias_layers: int,
+    terms_grad: int,
+    biases_given: int,
     x_grad: bool,
     param_grads: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     """dx, and the gradients of terms, weights and biases; shape (0,) where not wanted."""
     net = masked.Network(weights, stairs, activation, residual)
-    wanted = term_layers, bias_layers, x_grad, param_grads
+    wanted = terms_grad, biases_given, x_grad, param_grads
     return masked.backward(net, (dy,), x, saved, masked.NO_STEP, *wanted)

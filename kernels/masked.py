@@ -143,8 +143,8 @@ def backward(
     x: Tensor,
     saved: Tensor,
     step: tuple[int, float, float],
-    term_layers: int,
-    bias_layers: int,
+    terms_grad: int,
+    biases_given: int,
     x_grad: bool,
     param_grads: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
@@ -183,15 +183,15 @@ def backward(
         d_weights, d_biases = [none] * len(net.weights), [none] * len(net.weights)
         if param_grads:
             grads = _parameter_gradients(net, x, a, d, d_outputs)
-            d_weights, d_biases = masked_weights.split_gradients(grads, widths, bias_layers)
-    return dx if x_grad else none, _terms(net, d, d_outputs, term_layers), d_weights, d_biases
+            d_weights, d_biases = masked_weights.split_gradients(grads, widths, biases_given)
+    return dx if x_grad else none, _terms(net, d, d_outputs, terms_grad), d_weights, d_biases
 
 
-def _terms(net: Network, d: Tensor, d_outputs: Tensor, term_layers: int) -> list[Tensor]:
+def _terms(net: Network, d: Tensor, d_outputs: Tensor, terms_grad: int) -> list[Tensor]:
     """The cotangents of the terms that there are, which are those of the pre-activations."""
     levels = [*net.blocks(d, len(d_outputs))[: net.hidden], d_outputs]
     return [
-        level if term_layers >> layer & 1 else d.new_empty(0) for layer, level in enumerate(levels)
+        level if terms_grad >> layer & 1 else d.new_empty(0) for layer, level in enumerate(levels)
     ]
 
 
@@ -254,8 +254,8 @@ def inverse_backward(
     x: Tensor,
     saved: Tensor,
     step: tuple[int, float, float],
-    term_layers: int,
-    bias_layers: int,
+    terms_grad: int,
+    biases_given: int,
     x_grad: bool,
     param_grads: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
@@ -275,8 +275,8 @@ def inverse_backward(
         d_weights, d_biases = [none] * len(net.weights), [none] * len(net.weights)
         if param_grads:
             grads = _parameter_gradients(net, x, a, d[:size], d_outputs)
-            d_weights, d_biases = masked_weights.split_gradients(grads, net.widths, bias_layers)
-    d_terms = _terms(net, d[:size], d_outputs, term_layers)
+            d_weights, d_biases = masked_weights.split_gradients(grads, net.widths, biases_given)
+    d_terms = _terms(net, d[:size], d_outputs, terms_grad)
     return dy if x_grad else none, d_terms, d_weights, d_biases
 
 

@@ -235,14 +235,14 @@ def layer_tiles(N: int, K: int, options: dict) -> int:
 
 
 def split_gradients(
-    grads: Tensor, widths: Sequence[int], bias_layers: int
+    grads: Tensor, widths: Sequence[int], biases_given: int
 ) -> tuple[list[Tensor], list[Tensor]]:
     """dW_1, .. and db_1, .. of one row of gradients; (0,) for a layer without bias."""
     sizes = [size for K, N in pairwise(widths) for size in (N * K, N)]
     parts = grads.split(sizes)
     d_weights = [part.view(N, K) for part, (K, N) in zip(parts[::2], pairwise(widths))]
     d_biases = [
-        part if bias_layers >> layer & 1 else grads.new_empty(0)
+        part if biases_given >> layer & 1 else grads.new_empty(0)
         for layer, part in enumerate(parts[1::2])
     ]
     return d_weights, d_biases

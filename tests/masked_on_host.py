@@ -103,16 +103,16 @@ class MaskedKernels:
         return (*found.values(), saved)
 
     def _backward(
-        self, shape, given, weights, stairs, term_layers, bias_layers, x_grad, param_grads
+        self, shape, given, weights, stairs, terms_grad, biases_given, x_grad, param_grads
     ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
         wanted = {"d_in": given["x"].shape} if x_grad else {}
         for layer, weight in enumerate(weights):
             given[f"weight{layer}"] = weight
             if param_grads:
                 wanted[f"dweight{layer}"] = weight.shape
-                if bias_layers >> layer & 1:
+                if biases_given >> layer & 1:
                     wanted[f"dbias{layer}"] = weight.shape[:1]
-            if term_layers >> layer & 1:
+            if terms_grad >> layer & 1:
                 wanted[f"dterm{layer}"] = (len(given["x"]), len(weight))
         found = self._run(shape, given, wanted, weights, stairs)
         none = weights[0].new_empty(0)

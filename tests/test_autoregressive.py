@@ -13,6 +13,7 @@ from masked_oracle import ACTIVATIONS, SCALES, Problem, affine, affine_inverse, 
 from torch import Tensor
 from torch.autograd import forward_ad
 
+import fastflow
 from fastflow import IAF, MAF, MaskedAffineAutoregressive, masks
 from fastflow.functional import autoregressive, autoregressive_inverse
 from fastflow.scales import Clamp, Gate, Scale, SoftClip
@@ -374,3 +375,24 @@ def test_masks_that_are_no_staircase() -> None:
         assert weight.isfinite().all() and (weight[~mask] == 0).all()
     with pytest.raises(ValueError, match=r"stairs\[0\] has shape \(9, 3\) on cpu, must be"):
         autoregressive(x, weights, None, [given[0][:, :3], *given[1:]])
+
+
+def test_networks_that_are_not_autoregressive_are_refused() -> None:
+    """The kernels on CPUs walk the stairs: an output that sees its own feature has no inverse."""
+    if "cpp" not in fastflow.backends.available("cpu"):
+        pytest.skip("the compiled backend is not there")
+    given = problem(3, 4, (8,))
+    loose = masks.staircase(given.degrees, strict=False)
+    for op in (autoregressive, autoregressive_inverse):
+        with pytest.raises(RuntimeError, match="an output sees its own feature"):
+            op(given.x, given.weights, given.biases, loose)
+
+
+def test_masks_that_are_no_staircase_are_for_the_reference() -> None:
+    given = [torch.ones(4, 2).tril(-2).bool()]
+    with fastflow.use_backend("reference"):
+        autoregressive(torch.zeros(3, 2), [torch.zeros(4, 2)], None, given)
+    for name in set(fastflow.backends.available("cpu")) - {"reference"}:
+        with pytest.raises(RuntimeError, match=f"backend {name} needs masks that are a staircase"):
+            with fastflow.use_backend(name):
+                autoregressive(torch.zeros(3, 2), [torch.zeros(4, 2)], None, given)

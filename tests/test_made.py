@@ -195,11 +195,16 @@ def test_jacobian_is_triangular_in_the_order(order: object) -> None:
 
 
 def test_too_narrow_layers_warn_with_names() -> None:
-    with pytest.warns(UserWarning, match="hidden layer 1 has 3 units for 7 degrees.*feature 7, 6"):
+    with pytest.warns(
+        UserWarning, match="hidden layer 1 has 3 units for 7 degrees.*feature 6, 5, 3, 2 in"
+    ):
         MADE(8, 2, (16, 3), order="reverse")
+    with pytest.warns(UserWarning, match="2 degrees: the context does not reach the first feature"):
+        MADE(2, 2, (1,), context_features=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         MADE(8, 2, (7, 16))
+        MADE(8, 2, (8, 16), context_features=1)
         MADE(1, 2, (4,))
 
 
@@ -302,6 +307,8 @@ def test_bad_constructions(arguments: dict, error: str) -> None:
         ),
         ({"activation": "sine"}, "activation is 'sine'"),
         ({"residual": True}, "residual needs an odd number of hidden layers"),
+        ({"weights": [None]}, r"weights\[0\] is a NoneType"),
+        ({"weights": torch.zeros(3, 3)}, "weights is a Tensor, must be a sequence"),
     ],
 )
 def test_bad_calls(arguments: dict, error: str) -> None:

@@ -71,7 +71,7 @@ class Inputs:
 
     @property
     def bits(self) -> tuple[int, int]:
-        """term_layers and bias_layers."""
+        """terms_grad and biases_given."""
         lists = (self.terms, self.biases)
         return tuple(sum((t.numel() > 0) << i for i, t in enumerate(tensors)) for tensors in lists)
 

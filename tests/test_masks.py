@@ -45,8 +45,10 @@ def test_hidden_degrees_are_spread_evenly(features: int, lowest: int) -> None:
 
 def test_too_few_units_leave_degrees_without_one() -> None:
     degrees = masks.hidden_degrees(3, features=8)
-    assert degrees.tolist() == [3, 5, 7]  # the highest is there: no feature is lost altogether
-    assert masks.unseen(degrees, 8) == [1, 2, 4, 6]
+    # the highest is there: no feature is lost altogether; and the lowest, for the context
+    assert degrees.tolist() == [1, 4, 7]
+    assert masks.unseen(degrees, 8) == [2, 3, 5, 6]
+    assert masks.hidden_degrees(3, features=8, lowest=0).tolist() == [0, 3, 7]
 
 
 def test_orders() -> None:

@@ -160,9 +160,29 @@ struct Call {
     args.layers = layers.data();
   }
 
+#ifndef FASTFLOW_CUDA  // there the stairs are out of reach
+  // Whether the outputs of every feature see those before it only, as the inverse relies on.
+  bool autoregressive() const {
+    std::vector<int64_t> known(layers.size(), 0);  // units that the features before r make known
+    for (int64_t r = 0; r < args.features; ++r) {
+      int64_t below = r;
+      for (size_t l = 0; l + 1 < layers.size(); ++l) {
+        const MaskedLayer& layer = layers[l];
+        while (known[l] < layer.rows && layer.prefix[known[l]] <= below) ++known[l];
+        below = known[l];
+      }
+      if (layers.back().prefix[2 * r + 1] > below) return false;
+    }
+    return true;
+  }
+#endif
+
   void set_scale(int64_t scale, double c0, double c1) {
     check(scale >= 0 && scale <= int64_t(Scale::gate), "scale must be between 0 and 4");
     check(args.outputs() == 2 * args.features, "the network must have 2 D outputs");
+#ifndef FASTFLOW_CUDA
+    check(autoregressive(), "stairs: an output sees its own feature or a later one");
+#endif
     args.affine = true;
     args.scale = Scale(scale);
     args.c0 = c0;

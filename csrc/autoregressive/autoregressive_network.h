@@ -10,7 +10,7 @@
 namespace fastflow {
 
 // Layer l = 0 .. L in sorted order. W is the caller's tensor where both orders are the identity,
-// else a copy whose masked entries are zero; masked entries are never read either way.
+// else a copy whose masked entries are zero. Masked entries may be read; they enter no sum.
 template <class T>
 struct SortedLayer {
   int64_t rows;             // n_{l+1}

@@ -197,6 +197,10 @@ def masked_network(
     """
     op, network = OPS[name], (x, terms, weights, biases, stairs)
     if not isinstance(stairs, Tensor):
+        if backends.current() not in (None, "reference"):
+            raise RuntimeError(
+                f"{name}: backend {backends.current()} needs masks that are a staircase"
+            )
         return op.reference(*network, *setting, False)[:-1]
     if not recompute and (outputs := by_node(name, *network, setting)) is not None:
         return outputs

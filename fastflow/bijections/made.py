@@ -92,7 +92,7 @@ class MADE(nn.Module):
         self._warn_of_unseen()
 
     def reset_parameters(self) -> None:
-        """Draws the parameters anew, and restores order and masks of the construction."""
+        """Draws the parameters anew, and restores the order last drawn, given or loaded."""
         for layer in self.layers:
             layer.reset_parameters()
         if self.context_layer is not None:
@@ -151,13 +151,15 @@ class MADE(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         order, errors = state_dict.get(f"{prefix}order"), args[-1]
+        ranks = self._ranks
         if isinstance(order, Tensor) and not order.is_meta:
             try:
-                self._ranks = masks.ranks(order, self.features)
+                ranks = masks.ranks(order, self.features)
             except (TypeError, ValueError) as problem:
                 errors.append(f"MADE: {problem}")  # load_state_dict raises them all at once
                 return
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._ranks = ranks
         if not self.order.is_meta:
             self.stairs = self._staircase()
 
@@ -171,11 +173,15 @@ class MADE(nn.Module):
             names = [by_rank[degree - 1] for degree in missing if degree]
             if not missing:
                 continue
-            shown = ", ".join(map(str, names[:8])) + (", .." if len(names) > 8 else "")
+            lost = ["the context does not reach the first feature"] * (0 in missing)
+            if names:
+                shown = ", ".join(map(str, names[:8])) + (", .." if len(names) > 8 else "")
+                lost.append(
+                    f"the features that come right after feature {shown} in the order do not see it"
+                )
             warnings.warn(
                 f"MADE: hidden layer {number} has {width} units for "
-                f"{self.features - min(lowest, self.features - 1)} degrees: the features that come "
-                f"right after feature {shown} in the order do not see it",
+                f"{self.features - min(lowest, self.features - 1)} degrees: {'; '.join(lost)}",
                 UserWarning,
                 stacklevel=3,
             )

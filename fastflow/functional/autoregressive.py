@@ -33,7 +33,8 @@ def autoregressive(
         x: points, (\*batch, D).
         weights, biases, stairs, terms, activation, residual, recompute: a network with 2 D outputs,
             as in `fastflow.functional.made`. Of the two outputs of a feature, which have the same
-            degree, the first is its shift m and the other its raw scale a.
+            degree and see the features before it only, the first is its shift m and the other its
+            raw scale a.
         scale: the map from a to s, by name or as an object of `fastflow.scales`.
 
     Returns:
@@ -117,13 +118,9 @@ def _run(
     recompute: bool,
 ) -> tuple[Tensor, Tensor]:
     scale = scale_map(op, scale)
-    if isinstance(x, Tensor) and x.dim() and weights and weights[-1].shape[0] != 2 * x.shape[-1]:
-        raise ValueError(
-            f"{op}: the last of weights has {weights[-1].shape[0]} outputs, must have two for each "
-            f"of the {x.shape[-1]} features of {x_name}"
-        )
     return network.run(
         *(op, x_name, x, weights, biases, stairs, terms, activation, residual),
-        constants=(scale.number, *scale.constants),
+        affine=True,
+        constants=(scale.number, *map(float, scale.constants)),
         recompute=recompute,
     )

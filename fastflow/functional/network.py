@@ -33,6 +33,7 @@ def run(
     terms: Sequence[Tensor | None] | None,
     activation: str,
     residual: bool,
+    affine: bool = False,
     constants: tuple[int | float, ...] = (),
     recompute: bool = False,
 ) -> tuple[Tensor, ...]:
@@ -43,6 +44,7 @@ def run(
         x_name: what the caller calls x, for the errors.
         x: points, (*batch, D).
         weights, biases, stairs, terms, activation, residual: the network, as in `fastflow.made`.
+        affine: whether the network must have two outputs for every feature.
         constants: what the op takes after `residual`.
 
     Returns:
@@ -63,7 +65,7 @@ def run(
     layers = len(weights)
     if not layers:
         raise ValueError(f"{op}: weights is empty, must hold at least one layer")
-    none = weights[0].new_empty(0)
+    none = weights[0].new_empty(0) if isinstance(weights[0], Tensor) else None
     biases = [none] * layers if biases is None else _tensors(op, "biases", biases, none)
     terms = [] if terms is None else _tensors(op, "terms", terms, none)
     given = {x_name: x}
@@ -72,10 +74,16 @@ def run(
     given |= {f"terms[{i}]": term for i, term in enumerate(terms)}
     check_tensors(op, **given)
     _check_shapes(op, x_name, x, weights, biases, terms, stairs)
-    if residual and layers % 2:
+    if affine and weights[-1].shape[0] != 2 * x.shape[-1]:
         raise ValueError(
-            f"{op}: residual needs an odd number of hidden layers (a first one, then pairs), "
-            f"there are {layers - 1}"
+            f"{op}: the last of weights has {weights[-1].shape[0]} outputs, must have two for each "
+            f"of the {x.shape[-1]} features of {x_name}"
+        )
+    hidden = [len(weight) for weight in weights[:-1]]
+    if residual and (layers % 2 or len(set(hidden)) > 1):
+        raise ValueError(
+            f"{op}: residual needs an odd number of hidden layers (a first one, then pairs) of "
+            f"equal width, theirs are {hidden}"
         )
 
     dtype = x.dtype
@@ -170,7 +178,7 @@ def _check_masks(op: str, masks: Sequence[Tensor], weights: list[Tensor]) -> Non
 
 def _fold(biases: list[Tensor], terms: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Terms that are the same for all points become part of the biases."""
-    if not any(term.dim() == 1 and term.shape != (0,) for term in terms):
+    if not any(map(_single, terms)):
         return biases, terms
     none = terms[0].new_empty(0)
     folded = [

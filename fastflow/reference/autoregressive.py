@@ -227,11 +227,14 @@ def _inverse_by_passes(y: Tensor, net: tuple, scale: tuple) -> tuple[Tensor, Ten
     reach = torch.eye(y.shape[-1], device=y.device)
     for mask in given:
         reach = (mask.to(reach.dtype) @ reach).clamp(max=1)
-    x = torch.zeros_like(y)
-    for _ in range(masks.depth(reach[::2] > 0)):
+    adjacency = reach.unflatten(0, (-1, 2)).any(1)
+    x, known = torch.zeros_like(y), torch.zeros_like(adjacency[0])
+    for _ in range(masks.depth(adjacency)):
         outputs = network.forward(x, terms, weights, biases, given, activation, residual)[-1]
         m, a = _by_feature(outputs, given, y.shape[-1])
-        x, l = scales.step_back(y, m, a, *scale)  # noqa: E741
+        found, l = scales.step_back(y, m, a, *scale)  # noqa: E741
+        known = ~(adjacency & ~known).any(1)
+        x = torch.where(known, found, 0)  # what was found of unknown features may be infinite
     return x, -l.sum(-1)
 
 
