@@ -150,8 +150,10 @@ def _planar_flow_gradients(
 
 
 def _saved(x: Tensor, units: int) -> Tensor:
-    rows = (x.shape[0] + 63) // 64 * 64  # whole tiles
-    return x.new_empty(rows * units)
+    batch, rows = x.shape[0], 64  # tile_rows of csrc/autoregressive/autoregressive.h
+    while rows > 16 and (batch + rows - 1) // rows < 8:
+        rows //= 2
+    return x.new_empty((batch + rows - 1) // rows * rows * units)
 
 
 def _made_outputs(

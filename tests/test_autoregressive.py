@@ -351,7 +351,7 @@ def test_bad_arguments() -> None:
         MaskedAffineAutoregressive(3, context_features=2)(torch.zeros(2, 3))
     with pytest.raises(ValueError, match="last of weights has 4 outputs, must have two for each"):
         given = problem(2, 3, (), per_feature=1)
-        autoregressive(given.x, [torch.zeros(4, 3)], None, given.stairs)
+        autoregressive(given.x, [torch.zeros(4, 3)], None, torch.zeros(11, dtype=torch.int32))
     with pytest.raises(ValueError, match="slope is 2"):
         SoftClip(2)
 
@@ -377,15 +377,14 @@ def test_masks_that_are_no_staircase() -> None:
         autoregressive(x, weights, None, [given[0][:, :3], *given[1:]])
 
 
-def test_networks_that_are_not_autoregressive_are_refused() -> None:
+def test_networks_that_are_not_autoregressive_are_not_inverted() -> None:
     """The kernels on CPUs walk the stairs: an output that sees its own feature has no inverse."""
     if "cpp" not in fastflow.backends.available("cpu"):
         pytest.skip("the compiled backend is not there")
     given = problem(3, 4, (8,))
     loose = masks.staircase(given.degrees, strict=False)
-    for op in (autoregressive, autoregressive_inverse):
-        with pytest.raises(RuntimeError, match="an output sees its own feature"):
-            op(given.x, given.weights, given.biases, loose)
+    with pytest.raises(RuntimeError, match="an output sees its own feature"):
+        autoregressive_inverse(given.x, given.weights, given.biases, loose)
 
 
 def test_masks_that_are_no_staircase_are_for_the_reference() -> None:

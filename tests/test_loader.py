@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from masked_oracle import problem as masked_problem
 from oracle import problem
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -16,7 +17,8 @@ from torch.autograd import forward_ad
 import fastflow
 from fastflow import diagnostics, native
 
-OPS = sorted(native.FAKES)
+OPS = sorted(op for op in native.FAKES if op.startswith("planar_flow"))
+MASKED_OPS = sorted(set(native.FAKES) - set(OPS))
 needs_library = pytest.mark.skipif(
     native.probe("cpp") is not None, reason=f"no CPU library: {native.probe('cpp')}"
 )
@@ -62,6 +64,62 @@ def test_a_raw_op_refuses_tangents(op: str) -> None:
     with pytest.raises(RuntimeError, match="no derivative"):
         rest = values[1:]
         torch.func.grad(lambda z: getattr(native, op)(z, *rest)[0].sum())(torch.randn(5, 3))
+
+
+def masked_arguments(op: str) -> list:
+    """Arguments of a raw op on masked networks with B = 5, D = 3, a context and a missing bias."""
+    given = masked_problem(5, 3, (6, 7), context=True)
+    none = torch.empty(0, dtype=torch.float64)
+
+    def plain(tensors: list[Tensor | None]) -> list[Tensor]:
+        return [none if tensor is None else tensor.detach() for tensor in tensors]
+
+    weights, biases, terms = map(plain, (given.weights, given.biases, given.terms))
+    biases[1] = none
+    affine = () if op.startswith("made") else (0, -6.9, 0.0)
+    setting = (given.stairs, 1, False, *affine)
+    forward = [given.x.detach(), terms, weights, biases, *setting, True]
+    if not op.endswith("_backward"):
+        return forward
+    run = op.removesuffix("_backward") + ("" if "inverse" in op else "_forward")
+    *outputs, saved = getattr(torch.ops.fastflow, run)(*forward)
+    point = outputs[0] if "inverse" in op else forward[0]
+    return [
+        *map(torch.ones_like, outputs),
+        point,
+        saved,
+        weights,
+        *setting,
+        0b001,
+        0b101,
+        True,
+        True,
+    ]
+
+
+@needs_library
+@pytest.mark.parametrize("op", MASKED_OPS)
+def test_opcheck_of_masked_ops(op: str) -> None:
+    values = masked_arguments(op)
+    torch.library.opcheck(getattr(native, op), values)
+    flags = (0, 0b101, False, False) if op.endswith("_backward") else (False,)
+    torch.library.opcheck(getattr(native, op), (*values[: -len(flags)], *flags))
+
+
+@needs_library
+@pytest.mark.parametrize("op", MASKED_OPS)
+def test_a_raw_masked_op_refuses_to_be_differentiated(op: str) -> None:
+    """Whether the tensor stands alone or in a list."""
+    values = masked_arguments(op)
+    name = op.removesuffix("_forward").removesuffix("_backward")
+    for position in (0, next(i for i, value in enumerate(values) if isinstance(value, list))):
+        changed = list(values)
+        value = values[position]
+        lone = isinstance(value, Tensor)
+        leaf = (value if lone else value[0]).clone().requires_grad_()
+        changed[position] = leaf if lone else [leaf, *value[1:]]
+        with pytest.raises(RuntimeError, match=rf"fastflow\.functional\.{name} instead"):
+            getattr(native, op)(*changed)
 
 
 @needs_library

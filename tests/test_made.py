@@ -307,7 +307,7 @@ def test_bad_constructions(arguments: dict, error: str) -> None:
         ),
         ({"activation": "sine"}, "activation is 'sine'"),
         ({"residual": True}, "residual needs an odd number of hidden layers"),
-        ({"weights": [None]}, r"weights\[0\] is a NoneType"),
+        ({"weights": [None]}, r"weights\[0\] is None, must be a torch.Tensor"),
         ({"weights": torch.zeros(3, 3)}, "weights is a Tensor, must be a sequence"),
     ],
 )

@@ -32,6 +32,14 @@ struct MaskedLayer {
   void* dterm;    // (B, rows)
 };
 
+// Rows of a tile on a CPU: fewer where that is what lets threads share the work. Only the batch
+// decides, so that every op finds the same layout of `saved`; fastflow/native.py says the same.
+inline int64_t tile_rows(int64_t batch) {
+  int64_t rows = 64;
+  while (rows > 16 && (batch + rows - 1) / rows < 8) rows /= 2;
+  return rows;
+}
+
 // Every pointer is to contiguous memory of one dtype (float or double). `x` is always the network's
 // input and `y` the other side: made's output, or the result of the scale map.
 struct AutoregressiveArgs {
@@ -79,7 +87,7 @@ const char* autoregressive_cuda(MaskedPass pass, const AutoregressiveArgs& args,
                                 CUstream_st* stream);
 // Bytes of workspace that the call above needs; the contents need no initialisation.
 size_t autoregressive_cuda_workspace(MaskedPass pass, const AutoregressiveArgs& args);
-// Elements of `saved` that are used; the binding allocates whole tiles of 64 rows.
+// Elements of `saved` that are used; the binding allocates whole tiles.
 int64_t autoregressive_cuda_saved(const AutoregressiveArgs& args);
 // Sets shared_limit and processors to those of the current device.
 const char* autoregressive_cuda_device(AutoregressiveArgs& args);

@@ -180,9 +180,6 @@ struct Call {
   void set_scale(int64_t scale, double c0, double c1) {
     check(scale >= 0 && scale <= int64_t(Scale::gate), "scale must be between 0 and 4");
     check(args.outputs() == 2 * args.features, "the network must have 2 D outputs");
-#ifndef FASTFLOW_CUDA
-    check(autoregressive(), "stairs: an output sees its own feature or a later one");
-#endif
     args.affine = true;
     args.scale = Scale(scale);
     args.c0 = c0;
@@ -235,11 +232,12 @@ void launch(MaskedPass pass, const AutoregressiveArgs& args, const Tensor&) {
 }
 #endif
 
-// What fastflow/native.py tells torch.compile: any layout in tiles of up to 64 rows fits.
+// Whole tiles, as fastflow/native.py tells torch.compile; the layout of CUDA fits too.
 int64_t saved_size(const AutoregressiveArgs& args) {
   int64_t units = args.affine ? args.outputs() : 0;
   for (int64_t l = 0; l + 1 < args.layer_count; ++l) units += args.layers[l].rows;
-  return (args.batch + 63) / 64 * 64 * units;
+  const int64_t rows = tile_rows(args.batch);
+  return (args.batch + rows - 1) / rows * rows * units;
 }
 
 // Both directions of autoregressive, and made: {result, ladj, saved}. `in` is the op's input.
@@ -312,6 +310,10 @@ std::tuple<Tensor, Tensor, Tensor> autoregressive(Tensor in, Tensors terms, Tens
   Call call(in, weights, stairs, activation, residual);
   call.set_scale(scale, c0, c1);
   call.set_parameters(in, terms, biases);
+#ifndef FASTFLOW_CUDA
+  check(pass != MaskedPass::inverse || call.autoregressive(),
+        "stairs: an output sees its own feature or a later one");
+#endif
   return run(call, pass, in, save);
 }
 

@@ -18,10 +18,7 @@ struct TileShape {
   int64_t total;  // units in `saved`, all levels together
 
   explicit TileShape(const AutoregressiveArgs& args)
-      : batch(args.batch), rows(64), total(args.affine ? args.outputs() : 0) {
-    // Fewer rows where that is what lets threads share the work. Only the batch decides, so that
-    // every op finds the same layout.
-    while (rows > 16 && (batch + rows - 1) / rows < 8) rows /= 2;
+      : batch(args.batch), rows(tile_rows(args.batch)), total(args.affine ? args.outputs() : 0) {
     count = (batch + rows - 1) / rows;
     for (int64_t l = 0; l + 1 < args.layer_count; ++l) total += args.layers[l].rows;
   }
