@@ -72,7 +72,7 @@ def hidden_degrees(width: int, features: int, lowest: int = 1) -> Tensor:
 
     Example:
         >>> hidden_degrees(5, features=4)
-        tensor([1, 1, 2, 2, 3])
+        tensor([1, 2, 2, 3, 3])
     """
     lowest = min(lowest, features - 1)
     count = features - lowest

@@ -147,7 +147,7 @@ def modules() -> list[str]:
 @pytest.mark.parametrize("name", modules())
 def test_examples_in_docstrings(name: str) -> None:
     module = importlib.import_module(name)
-    names = {**vars(fastflow), **vars(fastflow.functional), "torch": torch}
+    names = {**vars(fastflow), **vars(fastflow.functional), "fastflow": fastflow, "torch": torch}
     result = doctest.testmod(module, extraglobs=names)
     assert result.failed == 0
 
