@@ -68,7 +68,7 @@ def plot_sweep(run: Run, op: str, path: Path) -> None:
     axis.grid(color="0.9", linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_title(
-        f"{inverse[0].case}, then D varies; 1: fastflow's parallel pass there\n{run.title}",
+        f"{inverse[0].case} and other D\n1: fastflow's parallel pass at the first D\n{run.title}",
         fontsize=9,
     )
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
