@@ -141,7 +141,7 @@ def call(op: str, *args: object, name: str | None) -> tuple[Tensor, ...]:
         name: a backend, or None for the automatic choice; forward passes say `current()`.
     """
     if torch.compiler.is_compiling():
-        return _registered_op(op)(*args)
+        return native.overload(op)(*args)
     function = _find(op, args[0].device.type, name)
     # raw ops refuse to be differentiated; here that is taken care of
     with torch._C._AutoDispatchBelowAutograd():
@@ -200,15 +200,11 @@ def _automatic(op: str, device: str) -> tuple[Backend, Callable]:
     return _given(op, "reference")
 
 
-def _registered_op(op: str) -> Callable:
-    return getattr(torch.ops.fastflow, op).default
-
-
 def _from_library(key: str) -> Callable[[str], Callable | None]:
     def locate(op: str) -> Callable | None:
         known = hasattr(torch.ops.fastflow, op)
         if known and torch._C._dispatch_has_kernel_for_dispatch_key(f"fastflow::{op}", key):
-            return _registered_op(op)
+            return native.overload(op)
         return None
 
     return locate

@@ -49,11 +49,12 @@ def probe(name: str) -> str | None:
 def __getattr__(name: str) -> OpOverload:
     """The ops of the libraries by name: `native.planar_flow_forward(z, w, u, b, False)`."""
     if name in FAKES and "cpp" in libraries:
-        return _overload(name)
+        return overload(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _overload(op: str) -> OpOverload:
+def overload(op: str) -> OpOverload:
+    """The registered op of that name."""
     return getattr(torch.ops.fastflow, op).default
 
 
@@ -244,7 +245,7 @@ def _refuse_derivatives(
             f"fastflow.functional.{function} instead, or detach the arguments"
         )
     with torch._C._AutoDispatchBelowAutograd():
-        return _overload(op).redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        return overload(op).redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
 def _declare() -> torch.library.Library:

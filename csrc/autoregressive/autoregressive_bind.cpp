@@ -11,6 +11,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #endif
 
+#include "../common/bind.h"
 #include "autoregressive.h"
 
 namespace fastflow {
@@ -22,49 +23,20 @@ constexpr bool kOnDevice = true;
 constexpr bool kOnDevice = false;
 #endif
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Shape = std::initializer_list<int64_t>;
 using Tensors = std::vector<Tensor>;
 using Gradients = std::tuple<Tensor, Tensors, Tensors, Tensors>;
 
-// The ops are raw: fastflow.functional has prepared their arguments. These checks keep a wrong call
-// from touching memory that is not there.
 void check(bool good, const char* name, const char* what = "") {
   STD_TORCH_CHECK(good, "autoregressive: ", name, what);
 }
 
 void check_place(const Tensor& tensor, const char* name, const Tensor& first) {
-  check(tensor.is_contiguous(), name, " must be contiguous");
-  check(tensor.get_device_index() == first.get_device_index() && tensor.is_cpu() == first.is_cpu(),
-        name, " must be on the device of the first argument");
+  fastflow::check_place("autoregressive", tensor, name, first);
 }
 
 void check_like(const Tensor& tensor, const char* name, const Tensor& first, Shape shape) {
-  check(tensor.scalar_type() == first.scalar_type(), name,
-        " must have the dtype of the first argument");
-  check_place(tensor, name, first);
-  const auto sizes = tensor.sizes();
-  bool same = sizes.size() == shape.size();
-  for (size_t i = 0; same && i < sizes.size(); ++i) same = sizes[i] == shape.begin()[i];
-  check(same, name, " has the wrong shape");
+  fastflow::check_like("autoregressive", tensor, name, first, shape);
 }
-
-Tensor empty(Shape shape, const Tensor& like, ScalarType dtype) {
-  int64_t strides[2] = {1, 1};
-  if (shape.size() == 2) strides[0] = shape.begin()[1];
-  int32_t device_type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  const int32_t type = dtype == ScalarType::Double  ? aoti_torch_dtype_float64()
-                       : dtype == ScalarType::Float ? aoti_torch_dtype_float32()
-                                                    : aoti_torch_dtype_uint8();
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.begin(),
-                                                         strides, type, device_type,
-                                                         like.get_device_index(), &handle));
-  return Tensor(handle);
-}
-Tensor empty(Shape shape, const Tensor& like) { return empty(shape, like, like.scalar_type()); }
 
 // The stairs of a call, level by level. What they hold is checked where the host can read it.
 class Stairs {

@@ -23,7 +23,6 @@ struct TileShape {
     for (int64_t l = 0; l + 1 < args.layer_count; ++l) total += args.layers[l].rows;
   }
 
-  int64_t size() const { return count * rows * total; }
   int64_t live_rows(int64_t tile) const { return std::min(rows, batch - tile * rows); }
   template <class T>
   int64_t live_vectors(int64_t tile) const {

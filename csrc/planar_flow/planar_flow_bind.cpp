@@ -6,6 +6,7 @@
 #include <initializer_list>
 #include <tuple>
 
+#include "../common/bind.h"
 #include "planar_flow.h"
 
 #ifdef FASTFLOW_CUDA
@@ -15,41 +16,9 @@
 namespace fastflow {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Shape = std::initializer_list<int64_t>;
-
-// The op is raw: fastflow.functional has prepared its arguments. These checks keep a wrong call
-// from reading memory that is not there.
 void check_like(const Tensor& tensor, const char* name, const Tensor& first, Shape shape) {
-  STD_TORCH_CHECK(tensor.scalar_type() == first.scalar_type(), "planar_flow: ", name,
-                  " must have the dtype of the first argument");
-  STD_TORCH_CHECK(
-      tensor.get_device_index() == first.get_device_index() && tensor.is_cpu() == first.is_cpu(),
-      "planar_flow: ", name, " must be on the device of the first argument");
-  STD_TORCH_CHECK(tensor.is_contiguous(), "planar_flow: ", name, " must be contiguous");
-  const auto sizes = tensor.sizes();
-  bool same = sizes.size() == shape.size();
-  for (size_t i = 0; same && i < sizes.size(); ++i) same = sizes[i] == shape.begin()[i];
-  STD_TORCH_CHECK(same, "planar_flow: ", name, " has the wrong shape");
+  fastflow::check_like("planar_flow", tensor, name, first, shape);
 }
-
-Tensor empty(Shape shape, const Tensor& like, ScalarType dtype) {
-  int64_t strides[3] = {1, 1, 1};
-  for (int i = int(shape.size()) - 2; i >= 0; --i)
-    strides[i] = strides[i + 1] * shape.begin()[i + 1];
-  int32_t device_type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  const int32_t type = dtype == ScalarType::Double  ? aoti_torch_dtype_float64()
-                       : dtype == ScalarType::Float ? aoti_torch_dtype_float32()
-                                                    : aoti_torch_dtype_uint8();
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.begin(),
-                                                         strides, type, device_type,
-                                                         like.get_device_index(), &handle));
-  return Tensor(handle);
-}
-Tensor empty(Shape shape, const Tensor& like) { return empty(shape, like, like.scalar_type()); }
 
 // Sizes, flags and inputs from z (B, D) and w, u (K, D) or (B, K, D), with the checks that both
 // directions and both passes share.

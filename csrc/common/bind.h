@@ -1,0 +1,55 @@
+// What the bindings of all ops share: checks that keep a wrong call of a raw op from touching
+// memory that is not there, and new tensors. fastflow.functional has prepared the arguments of
+// right calls.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+
+namespace fastflow {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Shape = std::initializer_list<int64_t>;
+
+inline void check_place(const char* op, const Tensor& tensor, const char* name,
+                        const Tensor& first) {
+  STD_TORCH_CHECK(
+      tensor.get_device_index() == first.get_device_index() && tensor.is_cpu() == first.is_cpu(),
+      op, ": ", name, " must be on the device of the first argument");
+  STD_TORCH_CHECK(tensor.is_contiguous(), op, ": ", name, " must be contiguous");
+}
+
+inline void check_like(const char* op, const Tensor& tensor, const char* name, const Tensor& first,
+                       Shape shape) {
+  STD_TORCH_CHECK(tensor.scalar_type() == first.scalar_type(), op, ": ", name,
+                  " must have the dtype of the first argument");
+  check_place(op, tensor, name, first);
+  const auto sizes = tensor.sizes();
+  bool same = sizes.size() == shape.size();
+  for (size_t i = 0; same && i < sizes.size(); ++i) same = sizes[i] == shape.begin()[i];
+  STD_TORCH_CHECK(same, op, ": ", name, " has the wrong shape");
+}
+
+// Of at most three dimensions.
+inline Tensor empty(Shape shape, const Tensor& like, ScalarType dtype) {
+  int64_t strides[3] = {1, 1, 1};
+  for (int i = int(shape.size()) - 2; i >= 0; --i)
+    strides[i] = strides[i + 1] * shape.begin()[i + 1];
+  int32_t device_type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  const int32_t type = dtype == ScalarType::Double  ? aoti_torch_dtype_float64()
+                       : dtype == ScalarType::Float ? aoti_torch_dtype_float32()
+                                                    : aoti_torch_dtype_uint8();
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.begin(),
+                                                         strides, type, device_type,
+                                                         like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+inline Tensor empty(Shape shape, const Tensor& like) {
+  return empty(shape, like, like.scalar_type());
+}
+
+}  // namespace fastflow
