@@ -50,12 +50,32 @@ def ranks(order: str | Sequence[int] | Tensor | None, features: int) -> Tensor:
         raise ValueError(
             f"order is {order!r}, must be None, 'reverse', 'random' or the position of each feature"
         )
+    return permutation(order, features)
+
+
+def permutation(order: Sequence[int] | Tensor, features: int | None = None) -> Tensor:
+    """The order, in memory of its own on the CPU, if it is a permutation.
+
+    Arguments:
+        order: each of 0 .. D-1 once.
+        features: D, by default as many as the order has entries.
+
+    Returns:
+        int64 (D,).
+
+    Raises:
+        TypeError: the order does not hold integers.
+        ValueError: it is not a permutation.
+    """
     given = order if isinstance(order, Tensor) else torch.tensor(order, device="cpu")
     if given.numel() and (given.is_floating_point() or given.dtype == torch.bool):
         raise TypeError(f"order is {given.dtype}, must hold integers")
     given = given.detach().to("cpu", torch.int64, copy=True)
-    if given.shape != (features,) or not torch.equal(given.sort().values, natural):
-        raise ValueError(f"order is {given.tolist()}, must hold each of 0 .. {features - 1} once")
+    natural = torch.arange(features or given.numel() or 1, device="cpu")
+    if given.shape != natural.shape or not torch.equal(given.sort().values, natural):
+        raise ValueError(
+            f"order is {given.tolist()}, must hold each of 0 .. {len(natural) - 1} once"
+        )
     return given
 
 
@@ -137,6 +157,33 @@ def masks(stairs: Tensor | Sequence[Tensor], widths: Sequence[int]) -> list[Tens
         seen = _unsort(prefix, order)
         found.append(_unsort(torch.arange(len(below), device=below.device), below) < seen[:, None])
     return found
+
+
+def adjacency(given: Tensor, features: int) -> Tensor:
+    """The matrix, in memory of its own on the CPU, if features may depend on each other as it says.
+
+    Arguments:
+        given: bool (D, D), see `depth`.
+        features: D.
+
+    Raises:
+        TypeError: it is no tensor.
+        ValueError: it has another type or shape, a feature depends on itself, or some depend on
+            each other in a circle.
+    """
+    if not isinstance(given, Tensor):
+        raise TypeError(f"adjacency is a {type(given).__name__}, must be a torch.Tensor")
+    if given.dtype != torch.bool or given.shape != (features, features):
+        raise ValueError(
+            f"adjacency has shape {tuple(given.shape)} and type {given.dtype}, must be "
+            f"({features}, {features}) and torch.bool"
+        )
+    given = given.detach().to("cpu", copy=True)
+    own = given.diagonal().nonzero().flatten().tolist()
+    if own:
+        raise ValueError(f"adjacency says of the features {own} that they depend on themselves")
+    depth(given)
+    return given
 
 
 def depth(adjacency: Tensor) -> int:

@@ -22,20 +22,26 @@ def due_units(
     r,
     before,
     known,
+    block_before,
+    block_known,
     N,
     LEVEL: tl.constexpr,
     HIDDEN: tl.constexpr,
     FEATURES: tl.constexpr,
+    RESIDUAL: tl.constexpr,
 ):
     """The sorted units begin .. end-1 of a level that stage r computes.
 
-    Of the level below, `before` units were known before this stage, `known` are now.
+    Of the level below, `before` units were known before this stage, `known` are now; of the level
+    that a residual block adds to its last one, `block_before` and `block_known`.
     """
     if LEVEL > HIDDEN:
         begin, end = r + r, tl.minimum(r + r + 2, 2 * FEATURES)
     else:
         begin = tl.where(r == 0, 0, count_up_to(prefix_ptr, N, before))
         end = count_up_to(prefix_ptr, N, known)
+        if RESIDUAL and LEVEL % 2 == 1 and LEVEL >= 3:
+            begin, end = tl.minimum(begin, block_before), tl.minimum(end, block_known)
     return begin, end
 
 
@@ -115,10 +121,14 @@ def sweep_kernel(
         below_ptr, order_ptr = stairs_ptr, stairs_ptr + D
         in_ptr, p_level_ptr, a_level_ptr = x_ptr, p_ptr, a_ptr
         before, known = r - 1, r
+        block_before, block_known = before, known
         for level in tl.static_range(1, HIDDEN + 2):
             before, known = due_units(
-                *(order_ptr + WIDTHS[level], r, before, known, WIDTHS[level], level, HIDDEN, D)
+                *(order_ptr + WIDTHS[level], r, before, known, block_before, block_known),
+                *(WIDTHS[level], level, HIDDEN, D, RESIDUAL),
             )
+            if level % 2 == 1:
+                block_before, block_known = before, known
             stage_forward(
                 *(in_ptr, weights[level - 1], biases[level - 1], terms[level - 1]),
                 *(p_level_ptr, a_level_ptr, below_ptr, order_ptr, rows, before, known, B, B64),
@@ -201,14 +211,19 @@ def due_at(
     WIDTHS: tl.constexpr,
     LEVEL: tl.constexpr,
     HIDDEN: tl.constexpr,
+    RESIDUAL: tl.constexpr,
 ):
     """The sorted units of a hidden level that stage r computes."""
     before, known = r - 1, r
+    block_before, block_known = before, known
     prefix_ptr = stairs_ptr + WIDTHS[0] + WIDTHS[1]
     for level in tl.static_range(1, LEVEL + 1):
         before, known = due_units(
-            prefix_ptr, r, before, known, WIDTHS[level], level, HIDDEN, WIDTHS[0]
+            *(prefix_ptr, r, before, known, block_before, block_known),
+            *(WIDTHS[level], level, HIDDEN, WIDTHS[0], RESIDUAL),
         )
+        if level % 2 == 1:
+            block_before, block_known = before, known
         prefix_ptr += WIDTHS[level] + WIDTHS[level + 1]
     return before, known
 
@@ -276,7 +291,7 @@ def sweep_back_kernel(
             below_ptr = order_ptr - 2 * WIDTHS[HIDDEN - step]
             above = units
             units -= B64 * WIDTHS[HIDDEN - step]
-            begin, end = due_at(stairs_ptr, r, WIDTHS, HIDDEN - step, HIDDEN)
+            begin, end = due_at(stairs_ptr, r, WIDTHS, HIDDEN - step, HIDDEN, RESIDUAL)
             stage_backward(
                 *(d_ptr + above, weights[HIDDEN - step], p_ptr + units, d_ptr + units),
                 *(a_ptr + units, below_ptr, order_ptr, rows, begin, end, B, B64),

@@ -356,42 +356,51 @@ def test_bad_arguments() -> None:
         SoftClip(2)
 
 
-def test_masks_that_are_no_staircase() -> None:
-    """An adjacency matrix of which no degrees are: its zeros are the Jacobian's, and it inverts."""
-    adjacency = torch.tensor([[0, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0], [0, 1, 0, 0]]).bool()
-    given = masks.adjacency_masks(adjacency, (9, 7), 2)
-    weights = [torch.randn(mask.shape, dtype=torch.float64, requires_grad=True) for mask in given]
-    x = torch.randn(5, 4, dtype=torch.float64)
-    y, ladj = autoregressive(x, weights, None, given, activation="tanh")
-    jacobian = torch.autograd.functional.jacobian(
-        lambda v: autoregressive(v, weights, None, given, activation="tanh")[0], x[0]
-    )
-    assert torch.equal(jacobian != 0, adjacency | torch.eye(4).bool())
-    torch.testing.assert_close(ladj[0], torch.linalg.slogdet(jacobian)[1])
-    back, inverse_ladj = autoregressive_inverse(y, weights, None, given, activation="tanh")
-    torch.testing.assert_close(back, x)
-    torch.testing.assert_close(inverse_ladj, -ladj)
-    for weight, mask in zip(torch.autograd.grad(back.square().sum(), weights), given):
-        assert weight.isfinite().all() and (weight[~mask] == 0).all()
-    with pytest.raises(ValueError, match=r"stairs\[0\] has shape \(9, 3\) on cpu, must be"):
-        autoregressive(x, weights, None, [given[0][:, :3], *given[1:]])
+@pytest.mark.parametrize("degrees", [[1, 1, 3], [2, 3, 3], [1, 1, 1], [3, 3, 3], [0, 0, 0]])
+def test_residual_blocks_without_units_of_some_degrees(target: Target, degrees: list[int]) -> None:
+    """The last level of a block knows no feature before its first level does."""
+    given = problem(5, 4, (3, 3, 3), residual=True, activation="tanh")
+    given.degrees[2] = torch.tensor(degrees)
+    compare("inverse", target, given, SoftClip())
 
 
-def test_networks_that_are_not_autoregressive_are_not_inverted() -> None:
-    """The kernels on CPUs walk the stairs: an output that sees its own feature has no inverse."""
+@pytest.mark.parametrize("direction", OPS)
+def test_networks_that_are_not_autoregressive_are_refused(target: Target, direction: str) -> None:
+    """Whichever output it is that sees too much, in both directions, and again the second time."""
+    given = problem(3, 4, (8, 8, 8), residual=True).to(target.device, torch.float32)
+    apply(direction, given, SoftClip())
+    for feature in range(4):
+        position = int(given.degrees[0][feature]) - 1
+        if position == 3:
+            continue  # there is no hidden unit that the last feature does not see
+        given.degrees[-1][2 * feature : 2 * feature + 2] += 1
+        loose = given.stairs
+        given.degrees[-1][2 * feature : 2 * feature + 2] -= 1
+        for _ in range(2):
+            with pytest.raises(ValueError, match=f"feature at position {position} of the order"):
+                op = autoregressive if direction == "forward" else autoregressive_inverse
+                op(given.x, **given.network | {"stairs": loose})
+
+
+def test_stairs_that_change_are_looked_at_again() -> None:
+    given = problem(3, 4, (8,))
+    stairs = given.stairs
+    autoregressive(given.x, **given.network | {"stairs": stairs})
+    stairs.copy_(masks.staircase(given.degrees, strict=False))
+    with pytest.raises(ValueError, match="stairs is not autoregressive"):
+        autoregressive(given.x, **given.network | {"stairs": stairs})
+    with torch.inference_mode():  # its tensors do not tell that they change
+        stairs = given.stairs.clone()
+        autoregressive(given.x, **given.network | {"stairs": stairs})
+
+
+def test_the_raw_op_does_not_walk_off_stairs_that_see_themselves() -> None:
     if "cpp" not in fastflow.backends.available("cpu"):
         pytest.skip("the compiled backend is not there")
-    given = problem(3, 4, (8,))
+    given = problem(3, 4, (8,), residual=False)
     loose = masks.staircase(given.degrees, strict=False)
-    with pytest.raises(RuntimeError, match="an output sees its own feature"):
-        autoregressive_inverse(given.x, given.weights, given.biases, loose)
-
-
-def test_masks_that_are_no_staircase_are_for_the_reference() -> None:
-    given = [torch.ones(4, 2).tril(-2).bool()]
-    with fastflow.use_backend("reference"):
-        autoregressive(torch.zeros(3, 2), [torch.zeros(4, 2)], None, given)
-    for name in set(fastflow.backends.available("cpu")) - {"reference"}:
-        with pytest.raises(RuntimeError, match=f"backend {name} needs masks that are a staircase"):
-            with fastflow.use_backend(name):
-                autoregressive(torch.zeros(3, 2), [torch.zeros(4, 2)], None, given)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="an output sees its own feature"):
+        torch.ops.fastflow.autoregressive_inverse(
+            *(given.x, [], given.weights, given.biases, loose, 0, False, 0, *SoftClip().constants),
+            False,
+        )

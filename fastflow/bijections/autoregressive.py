@@ -25,7 +25,9 @@ class MaskedAffineAutoregressive(Bijection):
 
     Arguments:
         features: D.
-        hidden_features, context_features, activation, order, residual: as in `fastflow.MADE`.
+        hidden_features, context_features, activation, order, residual, adjacency: as in
+            `fastflow.MADE`. With an adjacency matrix `inverse` takes as many passes through the
+            network as the longest path in it has features (`fastflow.masks.depth`).
         scale: "softclip", "softplus", "sigmoid", "clamp", "gate", or an object of
             `fastflow.scales`.
         recompute: save memory in training: backward computes the hidden layers once more instead
@@ -57,11 +59,13 @@ class MaskedAffineAutoregressive(Bijection):
         residual: bool = False,
         scale: str | Scale = "softclip",
         recompute: bool = False,
+        adjacency: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.scale = scale_map("MaskedAffineAutoregressive", scale)
         self.network = MADE(
-            features, 2, hidden_features, context_features, activation, order, residual
+            *(features, 2, hidden_features, context_features, activation, order, residual),
+            adjacency=adjacency,
         )
         self.features = self.network.features
         self.context_features = self.network.context_features

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from fastflow import masks
+from fastflow.bijections.arranged import Arranged
 from fastflow.bijections.base import Bijection, check_features, refuse_context
 
 
@@ -129,7 +131,7 @@ class Inverse(Bijection):
         return self.bijection(y, context)
 
 
-class Permutation(Bijection):
+class Permutation(Arranged, Bijection):
     r"""Reorders the features: :math:`y_i = x_{\mathrm{order}[i]}`, with ladj = 0.
 
     Arguments:
@@ -150,21 +152,18 @@ class Permutation(Bijection):
 
     def __init__(self, order: Sequence[int] | Tensor) -> None:
         super().__init__()
-        order = _permutation(torch.as_tensor(order)).long().clone()  # the caller may change theirs
-        self.features = order.numel()
-        self.register_buffer("order", order)
-        self.register_buffer("inverse_order", order.argsort(), persistent=False)
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
-        order, errors = state_dict.get(f"{prefix}order"), args[-1]
         try:
-            if isinstance(order, Tensor):
-                _permutation(order)
+            taken = masks.permutation(order)
         except (TypeError, ValueError) as problem:
-            errors.append(str(problem))  # load_state_dict raises them all at once
-            return
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        self.inverse_order = self.order.argsort()
+            raise type(problem)(f"Permutation: {problem}") from None
+        self.features = len(taken)
+        self._arrange("order", taken, order.device if isinstance(order, Tensor) else None)
+
+    def _checked(self, value: Tensor) -> Tensor:
+        return masks.permutation(value, self.features)
+
+    def _derived(self) -> dict[str, Tensor]:
+        return {"inverse_order": self._arranged.argsort()}
 
     def _permute(self, name: str, x: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
         check_features("Permutation", name, x, self.features)
@@ -180,14 +179,4 @@ class Permutation(Bijection):
         return self._permute("y", y, self.inverse_order)
 
     def extra_repr(self) -> str:
-        return f"{self.order.tolist()}" if self.features <= 16 else f"features={self.features}"
-
-
-def _permutation(order: Tensor) -> Tensor:
-    """The order, if it is one: TypeError or ValueError otherwise."""
-    if order.numel() and (order.is_floating_point() or order.dtype == torch.bool):
-        raise TypeError(f"Permutation: order is {order.dtype}, must hold integers")
-    count = torch.arange(order.numel(), device=order.device)
-    if order.dim() != 1 or not order.numel() or not torch.equal(order.sort().values, count):
-        raise ValueError(f"Permutation: order is {order.tolist()}, must hold each of 0 .. D-1 once")
-    return order
+        return f"{self._arranged.tolist()}" if self.features <= 16 else f"features={self.features}"

@@ -6,16 +6,17 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastflow import masks
+from fastflow.bijections.arranged import Arranged
 from fastflow.bijections.base import check_features, positive_int, refuse_context
 from fastflow.functional.made import made
 from fastflow.functional.network import check_activation
+from fastflow.reference.network import reach
 
 
-class MADE(nn.Module):
+class MADE(Arranged):
     r"""A network whose outputs for a feature see the features before it, and the context, only.
 
     .. math:: o_i = \mathrm{net}_i(x_{j}: \mathrm{order}_j < \mathrm{order}_i;\ c)
@@ -34,6 +35,10 @@ class MADE(nn.Module):
             now), or each of 0 .. D-1 once. It becomes a buffer.
         residual: the hidden layers form, in pairs, blocks h + W'act(W act(h) + b) + b' after a
             first masked layer of their width; an even number of equal widths.
+        adjacency: instead of an order, which features each one sees: bool (D, D), [i, j] says that
+            feature i sees feature j. No feature may see itself, through others either. It becomes a
+            buffer. Hidden units stand for the sets of features in the matrix
+            (`fastflow.masks.adjacency_masks`), and the reference computes the network.
 
     Attributes:
         layers: `nn.Linear` holders of the weights; masked-out weights keep their values and get a
@@ -44,8 +49,8 @@ class MADE(nn.Module):
         TypeError, ValueError: an argument is out of its range; the message names it.
 
     Warns:
-        UserWarning: a hidden layer has fewer units than there are degrees, so that some features
-            do not see those right before them.
+        UserWarning: a hidden layer has fewer units than there are degrees, or sets of features in
+            the adjacency, so that some features do not see those right before them.
 
     Source:
         Germain, Gregor, Murray and Larochelle, MADE: Masked Autoencoder for Distribution
@@ -57,9 +62,6 @@ class MADE(nn.Module):
         torch.Size([8, 3, 2])
     """
 
-    order: Tensor
-    stairs: Tensor
-
     def __init__(
         self,
         features: int,
@@ -69,6 +71,7 @@ class MADE(nn.Module):
         activation: str = "relu",
         order: str | Sequence[int] | Tensor | None = None,
         residual: bool = False,
+        adjacency: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.features = positive_int("MADE", "features", features)
@@ -77,28 +80,30 @@ class MADE(nn.Module):
         self.activation = check_activation("MADE", activation)
         self.residual = bool(residual)
         self.hidden_features = _widths(hidden_features, self.residual)
-        try:
-            self._ranks = masks.ranks(order, self.features)
-        except (TypeError, ValueError) as problem:
-            raise type(problem)(f"MADE: {problem}") from None
+        if order is not None and adjacency is not None:
+            raise ValueError("MADE: order and adjacency are both given, must be one of them")
         inner = self.hidden_features[:1] * self.residual + self.hidden_features
         widths = [features, *inner, features * params_per_feature]
         self.layers = nn.ModuleList(map(nn.Linear, widths, widths[1:]))
         self.context_layer = None
         if context_features:
             self.context_layer = nn.Linear(context_features, widths[1], bias=False)
-        self.register_buffer("order", self._ranks.to(torch.empty(()).device))
-        self.register_buffer("stairs", self._staircase(), persistent=False)
+        try:
+            if adjacency is None:
+                self._arrange("order", masks.ranks(order, self.features))
+            else:
+                self._arrange("adjacency", masks.adjacency(adjacency, self.features))
+        except (TypeError, ValueError) as problem:
+            raise type(problem)(f"MADE: {problem}") from None
         self._warn_of_unseen()
 
     def reset_parameters(self) -> None:
-        """Draws the parameters anew, and restores the order last drawn, given or loaded."""
+        """Draws the parameters anew; restores the order or adjacency drawn, given or loaded."""
         for layer in self.layers:
             layer.reset_parameters()
         if self.context_layer is not None:
             self.context_layer.reset_parameters()
-        self.order.copy_(self._ranks)
-        self.stairs.copy_(self._staircase())
+        super().reset_parameters()
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         r"""The outputs for every feature.
@@ -130,15 +135,21 @@ class MADE(nn.Module):
         return {
             "weights": [layer.weight for layer in layers],
             "biases": [layer.bias for layer in layers],
-            "stairs": self.stairs,
+            "stairs": self.stairs if self._by_degrees else self.masks(),
             "terms": terms,
             "activation": self.activation,
             "residual": self.residual,
         }
 
     def degrees(self) -> list[Tensor]:
-        """The degrees of the units of every level, int64: features 1 .. D, hidden, outputs."""
-        own = self._ranks + 1
+        """The degrees of the units of every level, int64: features 1 .. D, hidden, outputs.
+
+        Raises:
+            TypeError: the network has an adjacency matrix instead.
+        """
+        if not self._by_degrees:
+            raise TypeError("MADE: a network with an adjacency matrix has no degrees")
+        own = self._arranged + 1
         lowest = 0 if self.context_features else 1
         hidden = [
             masks.hidden_degrees(layer.out_features, self.features, lowest)
@@ -146,26 +157,47 @@ class MADE(nn.Module):
         ]
         return [own, *hidden, own.repeat_interleave(self.params_per_feature)]
 
-    def _staircase(self) -> Tensor:
-        return masks.staircase(self.degrees()).to(self.order.device)
+    def masks(self) -> list[Tensor]:
+        """What the units of every layer see of the level below: bool (n_l, n_{l-1})."""
+        if self._by_degrees:
+            widths = [self.features, *(layer.out_features for layer in self.layers)]
+            return masks.masks(self.stairs, widths)
+        return [getattr(self, f"mask_{number}") for number in range(len(self.layers))]
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        order, errors = state_dict.get(f"{prefix}order"), args[-1]
-        ranks = self._ranks
-        if isinstance(order, Tensor) and not order.is_meta:
-            try:
-                ranks = masks.ranks(order, self.features)
-            except (TypeError, ValueError) as problem:
-                errors.append(f"MADE: {problem}")  # load_state_dict raises them all at once
-                return
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        self._ranks = ranks
-        if not self.order.is_meta:
-            self.stairs = self._staircase()
+    @property
+    def _by_degrees(self) -> bool:
+        return self._arrangement == "order"
+
+    def _checked(self, value: Tensor) -> Tensor:
+        check = masks.ranks if self._by_degrees else masks.adjacency
+        return check(value, self.features)
+
+    def _derived(self) -> dict[str, Tensor]:
+        if self._by_degrees:
+            return {"stairs": masks.staircase(self.degrees())}
+        found = masks.adjacency_masks(
+            self._arranged,
+            [layer.out_features for layer in self.layers[:-1]],
+            self.params_per_feature,
+            context=self.context_features > 0,
+        )
+        return {f"mask_{number}": mask for number, mask in enumerate(found)}
 
     def _warn_of_unseen(self) -> None:
+        if not self._by_degrees:
+            seen = reach(list(self._derived().values()), self.residual)
+            lost = (self._arranged & ~seen[:: self.params_per_feature]).nonzero().tolist()
+            if lost:
+                pairs = ", ".join(f"{i} does not see {j}" for i, j in lost[:8])
+                warnings.warn(
+                    f"MADE: hidden layers {tuple(self.hidden_features)} are too narrow for the "
+                    f"adjacency: feature {pairs}" + ", .." * (len(lost) > 8),
+                    UserWarning,
+                    stacklevel=3,
+                )
+            return
         lowest = 0 if self.context_features else 1
-        by_rank = self._ranks.argsort().tolist()
+        by_rank = self._arranged.argsort().tolist()
         for number, width in enumerate(self.hidden_features):
             missing = masks.unseen(
                 masks.hidden_degrees(width, self.features, lowest), self.features, lowest

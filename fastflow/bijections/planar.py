@@ -127,17 +127,14 @@ class ConditionalPlanarFlow(Bijection):
         layers: list[nn.Module] = []
         for fan_in, fan_out in pairwise(widths):
             layers += [nn.Linear(fan_in, fan_out), nn.ELU()]
-        layers.append(nn.Linear(widths[-1], steps * (2 * features + 1)))
+        layers.append(_ChainParameters(widths[-1], features, steps, self.constraint))
         self.network = nn.Sequential(*layers)
-        self._start_near_identity()
 
-    def _start_near_identity(self) -> None:
-        last = self.network[-1]
-        w = nnf.normalize(torch.randn(self.steps, self.features), dim=-1)
-        u = identity_direction(w, self.constraint)
-        with torch.no_grad():
-            last.weight.mul_(0.01)
-            last.bias.copy_(torch.cat([w.flatten(), u.flatten(), torch.zeros(self.steps)]))
+    def reset_parameters(self) -> None:
+        """Draws the parameters anew, near the identity."""
+        for layer in self.network:
+            if isinstance(layer, nn.Linear):
+                layer.reset_parameters()
 
     def parameters_of(self, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         r"""The chain's parameters at a context.
@@ -177,6 +174,23 @@ class ConditionalPlanarFlow(Bijection):
             f"features={self.features}, context_features={self.context_features}, "
             f"steps={self.steps}, constraint={self.constraint!r}"
         )
+
+
+class _ChainParameters(nn.Linear):
+    """The layer that makes the parameters (w, u, b) of a chain: small, around a draw of them."""
+
+    def __init__(self, in_features: int, features: int, steps: int, constraint: str) -> None:
+        self.chain = (steps, features, constraint)  # before the parameters are drawn
+        super().__init__(in_features, steps * (2 * features + 1))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        steps, features, constraint = self.chain
+        w = nnf.normalize(torch.randn(steps, features), dim=-1)
+        u = identity_direction(w, constraint)
+        with torch.no_grad():
+            self.weight.mul_(0.01)
+            self.bias.copy_(torch.cat([w.flatten(), u.flatten(), torch.zeros(steps)]))
 
 
 def identity_direction(w: Tensor, constraint: str) -> Tensor:

@@ -9,6 +9,11 @@ from torch import Tensor
 
 from fastflow.autograd.masked import by_node, masked_network
 from fastflow.functional.checks import check_tensors
+from fastflow.functional.stairs import (
+    check_autoregressive,
+    check_stairs,
+    known_autoregressive,
+)
 from fastflow.reference.network import ACTIVATIONS
 
 NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
@@ -44,7 +49,8 @@ def run(
         x_name: what the caller calls x, for the errors.
         x: points, (*batch, D).
         weights, biases, stairs, terms, activation, residual: the network, as in `fastflow.made`.
-        affine: whether the network must have two outputs for every feature.
+        affine: whether the network must have two outputs for every feature, which see the features
+            before it only.
         constants: what the op takes after `residual`.
 
     Returns:
@@ -52,7 +58,9 @@ def run(
     """
     setting = (NUMBERS[check_activation(op, activation)], bool(residual), *constants)
     plain = isinstance(weights, (list, tuple)) and isinstance(stairs, Tensor)
-    if plain and not recompute:  # most calls need nothing below
+    plain = plain and not (recompute or torch.compiler.is_compiling())
+    if plain and (not affine or known_autoregressive(stairs, setting[1])):
+        # most calls need nothing below
         lists = (
             () if terms is None else terms,
             weights,
@@ -73,7 +81,8 @@ def run(
     given |= {f"biases[{i}]": bias for i, bias in enumerate(biases)}
     given |= {f"terms[{i}]": term for i, term in enumerate(terms)}
     check_tensors(op, **given)
-    _check_shapes(op, x_name, x, weights, biases, terms, stairs)
+    _check_shapes(op, x_name, x, weights, biases, terms)
+    check_stairs(op, x_name, x, weights, stairs)
     if affine and weights[-1].shape[0] != 2 * x.shape[-1]:
         raise ValueError(
             f"{op}: the last of weights has {weights[-1].shape[0]} outputs, must have two for each "
@@ -85,6 +94,8 @@ def run(
             f"{op}: residual needs an odd number of hidden layers (a first one, then pairs) of "
             f"equal width, theirs are {hidden}"
         )
+    if affine:
+        check_autoregressive(op, x.shape[-1], weights, stairs, setting[1])
 
     dtype = x.dtype
     for tensor in given.values():
@@ -122,18 +133,16 @@ def _check_shapes(
     weights: list[Tensor],
     biases: list[Tensor],
     terms: list[Tensor],
-    stairs: Tensor | Sequence[Tensor],
 ) -> None:
     if not x.dim() or not x.shape[-1]:
         raise ValueError(f"{op}: {x_name} has shape {tuple(x.shape)}, must be (*batch, D), D >= 1")
-    below, entries = x.shape[-1], x.shape[-1]
+    below = x.shape[-1]
     for i, weight in enumerate(weights):
         if weight.dim() != 2 or not weight.numel() or weight.shape[1] != below:
             raise ValueError(
                 f"{op}: weights[{i}] has shape {tuple(weight.shape)}, must be (units, {below})"
             )
         below = weight.shape[0]
-        entries += 2 * below
     for name, tensors in (("biases", biases), ("terms", terms)):
         if name == "biases" or tensors:
             if len(tensors) != len(weights):
@@ -150,30 +159,6 @@ def _check_shapes(
                     raise ValueError(
                         f"{op}: {name}[{i}] has shape {tuple(tensor.shape)}, must be {form}"
                     )
-    if isinstance(stairs, (list, tuple)):
-        _check_masks(op, stairs, weights)
-        return
-    if not isinstance(stairs, Tensor) or stairs.dtype != torch.int32:
-        raise TypeError(f"{op}: stairs must be the int32 tensor of fastflow.masks.staircase")
-    if stairs.shape != (entries,):
-        raise ValueError(
-            f"{op}: stairs has shape {tuple(stairs.shape)}, must be ({entries},) for these weights"
-        )
-    if stairs.device != x.device:
-        raise ValueError(f"{op}: stairs is on {stairs.device}, {x_name} is on {x.device}")
-
-
-def _check_masks(op: str, masks: Sequence[Tensor], weights: list[Tensor]) -> None:
-    if len(masks) != len(weights):
-        raise ValueError(f"{op}: stairs has {len(masks)} masks, weights has {len(weights)} entries")
-    for i, (mask, weight) in enumerate(zip(masks, weights)):
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            raise TypeError(f"{op}: stairs[{i}] must be a tensor of bool where stairs is a list")
-        if mask.shape != weight.shape or mask.device != weight.device:
-            raise ValueError(
-                f"{op}: stairs[{i}] has shape {tuple(mask.shape)} on {mask.device}, must be "
-                f"{tuple(weight.shape)} on {weight.device} as weights[{i}]"
-            )
 
 
 def _fold(biases: list[Tensor], terms: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -100,7 +100,7 @@ def autoregressive_inverse(
     if not isinstance(stairs, Tensor):
         net = (terms, weights, biases, stairs, activation, residual)
         return *_inverse_by_passes(y, net, (scale, c0, c1)), y.new_empty(0)
-    net = _Sorted.of(y, weights, stairs)
+    net = _Sorted.of(y, weights, stairs, residual)
     hidden, act = net.hidden, network.BY_NUMBER[activation].value
     y = y.index_select(-1, net.orders[0])
     starts = net.starts(y, terms, biases)
@@ -167,7 +167,7 @@ def autoregressive_inverse_backward(
     Stage r undoes what stage r of the inverse did: x_r, then outputs r, then the units that see r
     features, from the highest level down.
     """
-    net = _Sorted.of(x, weights, stairs)
+    net = _Sorted.of(x, weights, stairs, residual)
     hidden, slope = net.hidden, network.BY_NUMBER[activation].slope
     pre = made.split(saved, x, weights)
     p_sorted = [None] + [p.index_select(-1, net.orders[i]) for i, p in enumerate(pre, 1)]
@@ -224,10 +224,7 @@ def autoregressive_inverse_backward(
 def _inverse_by_passes(y: Tensor, net: tuple, scale: tuple) -> tuple[Tensor, Tensor]:
     """The inverse by passes through the whole network, each of which settles some features more."""
     terms, weights, biases, given, activation, residual = net
-    reach = torch.eye(y.shape[-1], device=y.device)
-    for mask in given:
-        reach = (mask.to(reach.dtype) @ reach).clamp(max=1)
-    adjacency = reach.unflatten(0, (-1, 2)).any(1)
+    adjacency = network.reach(given, residual).unflatten(0, (-1, 2)).any(1)
     x, known = torch.zeros_like(y), torch.zeros_like(adjacency[0])
     for _ in range(masks.depth(adjacency)):
         outputs = network.forward(x, terms, weights, biases, given, activation, residual)[-1]
@@ -248,7 +245,7 @@ class _Sorted(NamedTuple):
     ends: list[list[int]]  # by level: how many units are known before each stage, and at the end
 
     @classmethod
-    def of(cls, x: Tensor, weights: Sequence[Tensor], stairs: Tensor) -> _Sorted:
+    def of(cls, x: Tensor, weights: Sequence[Tensor], stairs: Tensor, residual: bool) -> _Sorted:
         features, hidden = x.shape[-1], len(weights) - 1
         levels = network.widths(x, weights)
         orders, prefixes = masks.parts(stairs, levels)
@@ -259,11 +256,9 @@ class _Sorted(NamedTuple):
                 weights, masks.masks(stairs, levels), orders[1:], orders
             )
         ]
-        count = torch.arange(features + 1, device=stairs.device)  # features known at each stage
         ends = [[*range(features + 1), features]]
-        for prefix in prefixes[:-1]:
-            count = torch.searchsorted(prefix.contiguous(), count.to(prefix.dtype), right=True)
-            ends.append([0, *count.tolist()])
+        for known in network.known_units(prefixes, features, residual)[1:]:
+            ends.append([0, *known.tolist()])
         ends.append([2 * stage for stage in ends[0]])
         return cls(features, hidden, orders, [None, *taken], ends)
 

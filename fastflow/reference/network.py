@@ -82,6 +82,41 @@ def activates(level: int, hidden: int, residual: bool) -> bool:
     return not (residual and level == hidden)
 
 
+def known_units(prefixes: Sequence[Tensor], features: int, residual: bool) -> list[Tensor]:
+    """By hidden level, how many of its sorted units see none but the first r features, r = 0 .. D.
+
+    What a residual block adds counts: its last level knows no more than its first one does, though
+    the level between them may have no unit that sees the next feature.
+
+    Arguments:
+        prefixes: of all layers, as `fastflow.masks.parts` gives them.
+        features: D.
+
+    Returns:
+        int64 (D + 1,) for the inputs and every hidden level.
+    """
+    hidden = len(prefixes) - 1
+    found = [torch.arange(features + 1, device=prefixes[0].device)]
+    for level, prefix in enumerate(prefixes[:-1], 1):
+        below = found[-1].to(prefix.dtype)
+        count = torch.searchsorted(prefix.contiguous(), below, right=True)
+        if skips(level, hidden, residual):
+            count = torch.minimum(count, found[level - 2])
+        found.append(count)
+    return found
+
+
+def reach(seen: Sequence[Tensor], residual: bool) -> Tensor:
+    """Which features the outputs see through masks (n_l, n_{l-1}): bool (n_{L+1}, D)."""
+    found = [torch.eye(seen[0].shape[1], device=seen[0].device)]
+    for level, mask in enumerate(seen, 1):
+        paths = mask.to(found[0].dtype) @ found[-1]
+        if skips(level, len(seen) - 1, residual):
+            paths = paths + found[level - 2]
+        found.append(paths.clamp(max=1))
+    return found[-1].bool()
+
+
 def forward(
     x: Tensor,
     terms: Sequence[Tensor],
