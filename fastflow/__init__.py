@@ -1,6 +1,6 @@
 """fastflow: normalizing flows in PyTorch, fast, in both directions, with exact log-determinants."""
 
-from fastflow import functional, masks, scales
+from fastflow import distributions, functional, masks, scales
 from fastflow.backends import use_backend
 from fastflow.bijections import (
     MADE,
@@ -13,6 +13,7 @@ from fastflow.bijections import (
     PlanarFlow,
 )
 from fastflow.diagnostics import info
+from fastflow.distributions import BijectionTransform
 from fastflow.flows import IAF, MAF, Flow
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ __all__ = [
     "MADE",
     "MAF",
     "Bijection",
+    "BijectionTransform",
     "Chain",
     "ConditionalPlanarFlow",
     "Flow",
@@ -29,6 +31,7 @@ __all__ = [
     "MaskedAffineAutoregressive",
     "Permutation",
     "PlanarFlow",
+    "distributions",
     "functional",
     "info",
     "masks",

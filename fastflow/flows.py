@@ -13,6 +13,7 @@ from torch.distributions import Distribution, Independent, Normal
 from fastflow.bijections.autoregressive import MaskedAffineAutoregressive
 from fastflow.bijections.base import Bijection, positive_int, refuse_context
 from fastflow.bijections.composition import Chain, Inverse
+from fastflow.distributions import FlowDistribution
 from fastflow.functional.checks import check_tensors
 from fastflow.scales import Scale
 
@@ -98,7 +99,7 @@ class Flow(nn.Module):
             log p(x | context), (\*batch,).
         """
         z, ladj = self.bijection.inverse(x, context)
-        return self._base_log_prob(z) + ladj
+        return self.base_log_prob(z) + ladj
 
     def sample(self, shape: Sequence[int] = (), context: Tensor | None = None) -> Tensor:
         r"""Draws without gradients.
@@ -131,9 +132,30 @@ class Flow(nn.Module):
         """
         z = self._draw(self.base.rsample, shape, context)
         x, ladj = self.bijection(z, context)
-        return x, self._base_log_prob(z) - ladj
+        return x, self.base_log_prob(z) - ladj
 
-    def _base_log_prob(self, z: Tensor) -> Tensor:
+    def distribution(
+        self, context: Tensor | None = None, validate_args: bool | None = None
+    ) -> FlowDistribution:
+        r"""The flow at a context as an object of torch.distributions, with event shape (D,).
+
+        Arguments:
+            context: (\*context_batch, C), or None. Its batch is the batch shape.
+            validate_args: as in torch.distributions.
+
+        Raises:
+            TypeError, ValueError: the context does not fit; the message says how.
+
+        Example:
+            >>> posterior = IAF(3, context_features=2).distribution(torch.randn(8, 2))
+            >>> x = posterior.rsample((5,))
+            >>> x.shape, posterior.log_prob(x).shape, posterior.expand((4, 8)).batch_shape
+            (torch.Size([5, 8, 3]), torch.Size([5, 8]), torch.Size([4, 8]))
+        """
+        return FlowDistribution(self, context, validate_args)
+
+    def base_log_prob(self, z: Tensor) -> Tensor:
+        r"""The log-density of the base distribution at z (\*batch, D): shape (\*batch,)."""
         if self._base is not None:
             return self._base.log_prob(z)
         # a few operations less than by `base`, which also has to be made

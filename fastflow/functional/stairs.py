@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from fastflow import masks
+from fastflow.memo import Snapshot
 from fastflow.reference import network
 from fastflow.transforms import transforms_active
 
-_checked: dict[tuple, list[tuple[weakref.ref, int | None]]] = {}
+_checked: dict[tuple, Snapshot] = {}
 
 
 def check_stairs(
@@ -78,30 +79,20 @@ def check_autoregressive(
 def known_autoregressive(stairs: Tensor | Sequence[Tensor], residual: bool) -> bool:
     """Whether `check_autoregressive` has seen these masks as they are now. Quick."""
     tensors = _tensors(stairs)
-    entries = _checked.get((residual, *map(id, tensors)), ())
-    return bool(entries) and all(
-        reference() is tensor and version == _version(tensor)
-        for (reference, version), tensor in zip(entries, tensors)
-    )
+    snapshot = _checked.get((residual, *map(id, tensors)))
+    return snapshot is not None and snapshot.holds(tensors)
 
 
 def _remember(stairs: Tensor | Sequence[Tensor], residual: bool) -> None:
     tensors = _tensors(stairs)
     key = (residual, *map(id, tensors))
-
-    def forget(_: weakref.ref) -> None:
-        _checked.pop(key, None)
-
-    _checked[key] = [(weakref.ref(tensor, forget), _version(tensor)) for tensor in tensors]
+    _checked[key] = Snapshot(tensors)
+    for tensor in tensors:
+        weakref.finalize(tensor, _checked.pop, key, None).atexit = False
 
 
 def _tensors(stairs: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
     return (stairs,) if isinstance(stairs, Tensor) else stairs
-
-
-def _version(tensor: Tensor) -> int | None:
-    """Counts the changes made in place, which inference tensors do not."""
-    return None if tensor.is_inference() else tensor._version
 
 
 def _readable(tensor: Tensor) -> bool:

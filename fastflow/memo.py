@@ -1,0 +1,79 @@
+"""Remembers what was computed of tensors for as long as they are what they were."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastflow.transforms import transforms_active
+
+
+class Snapshot:
+    """Which tensors there were, and in which state; it keeps none of them alive.
+
+    Inference tensors do not tell when they change, so that a snapshot of one never holds.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._entries = [(weakref.ref(tensor), _state(tensor)) for tensor in tensors]
+
+    def holds(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these are the same tensors, and nothing has changed them."""
+        if len(tensors) != len(self._entries):
+            return False
+        for (reference, state), tensor in zip(self._entries, tensors):
+            if reference() is not tensor or state is None or state != _state(tensor):
+                return False
+        return True
+
+
+class Memo:
+    """One result, which is forgotten when something that it was computed from changes.
+
+    It remembers nothing under torch.compile and function transforms, whose tensors are no values.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets."""
+        self._entry: tuple[Snapshot, bool, tuple[Tensor, ...]] | None = None
+
+    def keep(self, inputs: Iterable[Tensor], result: tuple[Tensor, ...]) -> None:
+        """Remembers the result of these inputs, and nothing else."""
+        self.clear()
+        if not transforms_active():
+            self._entry = Snapshot(inputs), torch.is_grad_enabled(), result
+
+    def recall(self, inputs: Iterable[Tensor]) -> tuple[Tensor, ...] | None:
+        """The result of these inputs, if it is the one that is remembered.
+
+        One that was computed without gradients is none where they are wanted.
+        """
+        if self._entry is None or transforms_active():
+            return None
+        snapshot, recorded, result = self._entry
+        inputs = list(inputs)
+        if not snapshot.holds(inputs):
+            return None
+        if not torch.is_grad_enabled():
+            return tuple(tensor.detach() for tensor in result)
+        return result if recorded or not any(tensor.requires_grad for tensor in inputs) else None
+
+
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    """The parameters and buffers of a module and of those within it; `parameters()`, but quick."""
+    found, modules = [], [module]
+    for module in modules:  # which grows
+        found += module._parameters.values()
+        found += module._buffers.values()
+        modules += (child for child in module._modules.values() if child is not None)
+    return [tensor for tensor in found if tensor is not None]
+
+
+def _state(tensor: Tensor) -> tuple[int, bool] | None:
+    return None if tensor.is_inference() else (tensor._version, tensor.requires_grad)
