@@ -19,8 +19,10 @@ from fastflow.vae.objectives import (
     importance_weighted_bound,
     negative_elbo,
     standard_normal_log_prob,
+    training_loss,
 )
-from fastflow.vae.posteriors import Draw, GaussianPosterior, PlanarPosterior, Posterior
+from fastflow.vae.posteriors import Draw, FlowPosterior, GaussianPosterior, Posterior
+from fastflow.vae.registry import register
 
 __all__ = [
     "VAE",
@@ -28,10 +30,10 @@ __all__ = [
     "Config",
     "Draw",
     "ElboTerms",
+    "FlowPosterior",
     "GaussianLikelihood",
     "GaussianPosterior",
     "ImageData",
-    "PlanarPosterior",
     "Posterior",
     "VaeError",
     "build",
@@ -42,5 +44,7 @@ __all__ = [
     "load",
     "mean_negative_elbo",
     "negative_elbo",
+    "register",
     "standard_normal_log_prob",
+    "training_loss",
 ]

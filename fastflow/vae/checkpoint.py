@@ -9,7 +9,6 @@ names, shapes and types with the file's header before it loads a single value.
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +24,12 @@ from fastflow.vae.files import write_bytes
 from fastflow.vae.models import VAE, build
 
 ENTRY = "fastflow.vae"
-MODEL = "model/1"
-STATE = "state/1"
+MODEL = "model/2"  # the number grows when settings or tensors change
+STATE = "state/2"
 LARGEST_SIDE = 1 << 12  # pixels: bounds what a header can make us allocate
 RECORD = ("epoch", "train_loss", "elbo", "reconstruction", "kl", "test_loss")  # of one epoch
 ADAM = ("exp_avg", "exp_avg_sq", "step")
+TYPES = {torch.float32: "F32", torch.int64: "I64"}  # as safetensors names them
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,12 @@ class State:
     history: list[dict[str, float]]  # one record per finished epoch
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]  # "<parameter>.<moment>", empty before the first step
+    best: dict[str, Tensor]  # the model of the best epoch, empty without validation
+
+
+def record_of(config: Config) -> tuple[str, ...]:
+    """The entries of the record of an epoch."""
+    return RECORD + ("validation_loss",) * (config.validation > 0)
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Adam) -> dict[str, Tensor]:
@@ -67,6 +73,18 @@ def restore_optimizer(
     optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
 
+def restore_model(path: Path, model: VAE, tensors: dict[str, Tensor]) -> None:
+    """Gives a model the tensors of the file at `path`.
+
+    Raises:
+        VaeError: a tensor of fitting shape and type has values that mean nothing.
+    """
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:  # such as the order of an autoregressive network
+        raise VaeError(f"{path}: {' '.join(str(error).split())}") from error
+
+
 def save_model(path: Path, model: VAE, config: Config, shape: tuple[int, int]) -> None:
     """Writes a model in one step."""
     content = {"kind": MODEL, "config": asdict(config), "shape": shape}
@@ -83,10 +101,10 @@ def load_model(path: Path, device: torch.device) -> tuple[VAE, Config, tuple[int
         VaeError: the file is damaged, of another kind, or does not hold what its settings describe.
     """
     with _Reader(path, MODEL) as reader:
-        reader.check_header(reader.model_tensors())
+        reader.check_header(reader.model().state_dict())
         tensors = reader.load()
-    model = build(reader.config, math.prod(reader.shape))
-    model.load_state_dict(tensors)
+    model = build(reader.config, reader.shape)
+    restore_model(path, model, tensors)
     return model.to(device), reader.config, reader.shape
 
 
@@ -100,6 +118,7 @@ def save_state(path: Path, state: State) -> None:
     }
     tensors = {f"model.{name}": tensor for name, tensor in state.model.items()}
     tensors |= {f"optimizer.{name}": tensor for name, tensor in state.optimizer.items()}
+    tensors |= {f"best.{name}": tensor for name, tensor in state.best.items()}
     _write(path, tensors, content)
 
 
@@ -111,20 +130,22 @@ def load_state(path: Path) -> State:
     """
     with _Reader(path, STATE) as reader:
         history = reader.history()
-        shapes = reader.model_tensors()
-        expected = {f"model.{name}": tensor for name, tensor in shapes.items()}
+        model = reader.model()
+        expected = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+        if reader.config.validation:
+            expected |= {f"best.{name}": tensor for name, tensor in model.state_dict().items()}
         if history:
-            for name, tensor in shapes.items():
+            for name, parameter in model.named_parameters():
                 for moment in ADAM:
-                    like = tensor.new_empty(()) if moment == "step" else tensor
+                    like = parameter.new_empty(()) if moment == "step" else parameter
                     expected[f"optimizer.{name}.{moment}"] = like
         reader.check_header(expected)
         tensors = reader.load()
-    parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "best": {}}
     for name, tensor in tensors.items():
         part, _, rest = name.partition(".")
         parts[part][rest] = tensor
-    return State(reader.config, reader.shape, history, parts["model"], parts["optimizer"])
+    return State(reader.config, reader.shape, history, **parts)
 
 
 class _Reader:
@@ -156,7 +177,7 @@ class _Reader:
         history = self.content.get("history")
         good = isinstance(history, list) and all(
             isinstance(record, dict)
-            and set(record) == set(RECORD)
+            and set(record) == set(record_of(self.config))
             and record["epoch"] == epoch
             and all(type(value) in (int, float) for value in record.values())
             for epoch, record in enumerate(history, start=1)
@@ -165,10 +186,13 @@ class _Reader:
             raise VaeError(f"{self.path}: the record of its epochs is malformed")
         return history
 
-    def model_tensors(self) -> dict[str, Tensor]:
-        """The tensors of the model that the settings describe, without memory behind them."""
-        with torch.device("meta"):
-            return build(self.config, math.prod(self.shape)).state_dict()
+    def model(self) -> VAE:
+        """The model that the settings describe, without memory behind its tensors."""
+        try:
+            with torch.device("meta"):
+                return build(self.config, self.shape)
+        except VaeError as error:
+            raise VaeError(f"{self.path}: {error}") from error
 
     def check_header(self, expected: dict[str, Tensor]) -> None:
         names = set(self.file.keys())
@@ -177,11 +201,9 @@ class _Reader:
             raise VaeError(f"{self.path}: its tensors are not the model's, first {odd[0]!r:.80}")
         for name, tensor in expected.items():
             header = self.file.get_slice(name)
-            if header.get_dtype() != "F32" or header.get_shape() != list(tensor.shape):
-                raise VaeError(
-                    f"{self.path}: {name} is {header.get_dtype()} {header.get_shape()}, "
-                    f"must be F32 {list(tensor.shape)}"
-                )
+            found = f"{header.get_dtype()} {header.get_shape()}"
+            if found != (wanted := f"{TYPES[tensor.dtype]} {list(tensor.shape)}"):
+                raise VaeError(f"{self.path}: {name} is {found}, must be {wanted}")
 
     def load(self) -> dict[str, Tensor]:
         tensors = {name: self.file.get_tensor(name) for name in self.file.keys()}

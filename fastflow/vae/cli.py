@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import torch
 
-from fastflow.vae.config import CHOICES, Config, refuse_without_effect
+from fastflow.vae.config import Config, choices, refuse_without_effect
 from fastflow.vae.data import load
 from fastflow.vae.errors import VaeError
 from fastflow.vae.seeding import generator_for
@@ -175,17 +175,29 @@ def _parser() -> argparse.ArgumentParser:
 SETTINGS = {
     "posterior": (str, "approximate posterior"),
     "data": (str, "image set"),
+    "network": (str, "encoder and decoder: dense, or residual and convolutional"),
     "epochs": (int, "epochs in all"),
     "latent": (int, "latent variables"),
-    "hidden": (int, "hidden units of encoder and decoder"),
-    "steps": (int, "planar steps, with --posterior planar"),
+    "hidden": (int, "units of the dense layer of encoder and decoder"),
+    "steps": (int, "of the flow: planar steps, or autoregressive networks of iaf and maf"),
+    "width": (int, "units of a hidden layer of the flow's networks, with iaf, maf, pcp"),
+    "layers": (int, "hidden layers of the flow's networks, with iaf, maf, pcp"),
+    "context": (int, "features of an image that the flow sees, with iaf, maf, pcp"),
     "amortised": (bool, ""),
     "constraint": (str, "what keeps a step invertible, with --posterior planar"),
     "likelihood": (str, "what the decoder's output means"),
     "variance": (float, "of the decoder, with --likelihood gaussian"),
-    "binarise": (str, "draw binary pixels anew every epoch (dynamic) or train on grey values"),
+    "binarise": (
+        str,
+        "train on grey values (none), or draw binary pixels once (static) or in every epoch",
+    ),
     "batch_size": (int, "images per step"),
     "lr": (float, "learning rate of Adam"),
+    "schedule": (str, "of the learning rate over the epochs"),
+    "kl_warmup": (int, "epochs in which the weight of the KL term rises to 1"),
+    "free_bits": (float, "nats of KL, averaged over a batch, that cost nothing in training"),
+    "validation": (int, "training images held out; the epoch best on them is the result"),
+    "patience": (int, "stop after so many epochs without a better validation loss, 0: never"),
     "seed": (int, "of everything random"),
     "importance_samples": (int, "draws per test image for -log p(x)"),
 }
@@ -198,9 +210,9 @@ def _add_setting(parser: argparse.ArgumentParser, name: str, kind: type, text: s
     parser.add_argument(
         f"--{name.replace('_', '-')}",
         type=kind,
-        choices=CHOICES.get(name),
+        choices=choices(name) or None,
         default=argparse.SUPPRESS,
-        metavar=None if name in CHOICES else "N" if kind is int else "X",
+        metavar=None if choices(name) else "N" if kind is int else "X",
         help=f"{text} (default: {getattr(Config, name)})",
     )
 

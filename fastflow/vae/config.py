@@ -10,47 +10,56 @@ from typing import Any
 from fastflow.functional.planar_flow import CONSTRAINTS
 from fastflow.vae.data import NAMES
 from fastflow.vae.errors import VaeError
+from fastflow.vae.networks import NETWORKS
+from fastflow.vae.registry import FLOW_SETTINGS, RECIPES
 
 CHOICES = {
-    "posterior": ("gaussian", "planar"),
     "data": NAMES,
+    "network": tuple(NETWORKS),
     "constraint": CONSTRAINTS,
     "likelihood": ("bernoulli", "gaussian"),
-    "binarise": ("none", "dynamic"),
+    "binarise": ("none", "static", "dynamic"),
+    "schedule": ("constant", "cosine"),
 }
 RANGES = {
     "latent": (1, 1 << 12),
     "hidden": (1, 1 << 16),
     "steps": (1, 1 << 12),
+    "width": (1, 1 << 16),
+    "layers": (1, 1 << 8),
+    "context": (1, 1 << 16),
     "batch_size": (1, 1 << 24),
+    "kl_warmup": (0, 1 << 24),
+    "free_bits": (0.0, 1e6),
+    "validation": (0, 1 << 32),
+    "patience": (0, 1 << 24),
     "seed": (0, (1 << 63) - 1),
     "epochs": (1, 1 << 24),
     "importance_samples": (1, 1 << 20),
 }
 POSITIVE = ("lr", "variance")
-NEEDS = {  # settings that mean something only beside another one
-    "steps": ("posterior", "planar"),
-    "amortised": ("posterior", "planar"),
-    "constraint": ("posterior", "planar"),
-    "variance": ("likelihood", "gaussian"),
-}
 
 
 @dataclass(frozen=True)
 class Config:
     """Everything that decides the numbers of a run, except the machine.
 
-    The defaults are a small model: 500 hidden units, 2 latents, and 3 steps if it has a flow.
+    The defaults are a small model: 500 hidden units, 2 latents, and 3 steps if it has a flow. What
+    a setting means is said by `python -m fastflow.vae train --help`.
 
     Raises:
-        VaeError: a value has the wrong type or lies outside its range.
+        VaeError: a value has the wrong type or lies outside its range, or two contradict.
     """
 
     posterior: str = "gaussian"
     data: str = "digits"
+    network: str = "mlp"
     latent: int = 2
     hidden: int = 500
     steps: int = 3
+    width: int = 64
+    layers: int = 2
+    context: int = 64
     amortised: bool = True
     constraint: str = "paper"
     likelihood: str = "bernoulli"
@@ -58,6 +67,11 @@ class Config:
     binarise: str = "none"
     batch_size: int = 100
     lr: float = 1e-3
+    schedule: str = "constant"
+    kl_warmup: int = 0
+    free_bits: float = 0.0
+    validation: int = 0
+    patience: int = 0
     seed: int = 0
     epochs: int = 100
     importance_samples: int = 128
@@ -67,9 +81,9 @@ class Config:
             value, expected = getattr(self, field.name), type(field.default)
             if type(value) is not expected:  # exact: True is no number of epochs
                 raise VaeError(f"{field.name}: {value!r} must be of type {expected.__name__}")
-        for name, choices in CHOICES.items():
-            if (value := getattr(self, name)) not in choices:
-                raise VaeError(f"{name}: {value!r} must be one of {', '.join(choices)}")
+        for name in ("posterior", *CHOICES):
+            if (value := getattr(self, name)) not in choices(name):
+                raise VaeError(f"{name}: {value!r} must be one of {', '.join(choices(name))}")
         for name, (low, high) in RANGES.items():
             if not low <= (value := getattr(self, name)) <= high:
                 raise VaeError(f"{name}: {value} must be within {low} and {high}")
@@ -77,6 +91,10 @@ class Config:
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 raise VaeError(f"{name}: {value} must be positive and finite")
+        if self.patience and not self.validation:
+            raise VaeError(
+                f"patience: {self.patience} needs images for validation, but validation is 0"
+            )
 
     @classmethod
     def from_dict(cls, content: Any) -> Config:
@@ -89,6 +107,11 @@ class Config:
         if not isinstance(content, dict) or set(content) != names:
             raise VaeError("the settings have unknown or missing entries")
         return cls(**content)
+
+
+def choices(name: str) -> tuple[str, ...]:
+    """The values that a setting may have, () where they are not listed."""
+    return tuple(RECIPES) if name == "posterior" else CHOICES.get(name, ())
 
 
 def flag(name: str, value: object) -> str:
@@ -109,12 +132,22 @@ def refuse_without_effect(config: Config, given: dict[str, object]) -> None:
         VaeError: one of them needs another value of another setting.
     """
     for name, value in given.items():
-        other, needed = NEEDS.get(name, (None, None))
-        if other is not None and (held := getattr(config, other)) != needed:
+        other, needed = _need(name)
+        if needed and (held := getattr(config, other)) not in needed:
             raise VaeError(
                 f"{flag(name, value)} has no effect with {flag(other, held)}, "
-                f"it needs {flag(other, needed)}"
+                f"it needs {flag(other, ' or '.join(needed))}"
             )
+
+
+def _need(name: str) -> tuple[str, tuple[str, ...]]:
+    """The other setting without certain values of which a setting means nothing."""
+    if name == "variance":
+        return "likelihood", ("gaussian",)
+    if name in FLOW_SETTINGS:
+        users = (key for key, recipe in RECIPES.items() if name in recipe.settings)
+        return "posterior", tuple(users)
+    return "", ()
 
 
 def parse_json(text: str) -> Any:

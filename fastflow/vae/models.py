@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 
 from fastflow.vae.config import Config
+from fastflow.vae.networks import NETWORKS
 from fastflow.vae.objectives import BernoulliLikelihood, GaussianLikelihood, Likelihood
-from fastflow.vae.posteriors import Draw, GaussianPosterior, PlanarPosterior, Posterior
+from fastflow.vae.posteriors import Draw, Posterior
+from fastflow.vae.registry import make_posterior
 from fastflow.vae.seeding import seed_for
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class VAE(nn.Module):
@@ -48,37 +55,35 @@ class VAE(nn.Module):
         return self.likelihood.mean(self.decode(z))
 
 
-def build(config: Config, pixels: int) -> VAE:
+def build(config: Config, shape: tuple[int, int]) -> VAE:
     """Builds the model that the settings describe, on the default device.
 
-    Encoder and decoder have one hidden layer of `config.hidden` relu units each. The initial
-    parameters follow from `config.seed` alone; the global random state is left as it was.
+    The initial parameters follow from `config.seed` alone, those of encoder and decoder whatever
+    the posterior is; the global random state is left as it was.
 
     Arguments:
         config: the settings.
-        pixels: the number of pixels of an image.
+        shape: (H, W) of an image.
+
+    Raises:
+        VaeError: the network cannot take images of this shape, or the settings do not fit.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_for(config.seed, "parameters"))
-        return VAE(
-            encoder=nn.Sequential(nn.Linear(pixels, config.hidden), nn.ReLU()),
-            posterior=_posterior(config),
-            decoder=nn.Sequential(
-                nn.Linear(config.latent, config.hidden),
-                nn.ReLU(),
-                nn.Linear(config.hidden, pixels),
-            ),
-            likelihood=(
-                BernoulliLikelihood()
-                if config.likelihood == "bernoulli"
-                else GaussianLikelihood(config.variance)
-            ),
-        )
-
-
-def _posterior(config: Config) -> Posterior:
-    if config.posterior == "gaussian":
-        return GaussianPosterior(config.hidden, config.latent)
-    return PlanarPosterior(
-        config.hidden, config.latent, config.steps, config.amortised, config.constraint
+    network = NETWORKS[config.network](shape, config.hidden, config.latent)
+    return VAE(
+        encoder=_seeded(config, "encoder", network.encoder),
+        posterior=_seeded(
+            config, "posterior", lambda: make_posterior(config, network.out_features)
+        ),
+        decoder=_seeded(config, "decoder", network.decoder),
+        likelihood=(
+            BernoulliLikelihood()
+            if config.likelihood == "bernoulli"
+            else GaussianLikelihood(config.variance)
+        ),
     )
+
+
+def _seeded(config: Config, part: str, make: Callable[[], Module]) -> Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_for(config.seed, "parameters", part))
+        return make()

@@ -158,6 +158,34 @@ def negative_elbo(model: SupportsElbo, x: Tensor, noise: Tensor) -> ElboTerms:
     return ElboTerms(reconstruction + kl, reconstruction, kl.expand_as(reconstruction))
 
 
+def training_loss(terms: ElboTerms, kl_weight: float = 1.0, free_bits: float = 0.0) -> Tensor:
+    r"""Computes what training minimises: -ELBO, averaged over a batch, or a softened form of it.
+
+    .. math:: \overline{-\log p(x | z)} + \beta \max(\lambda, \overline{KL})
+
+    with bars for averages over samples and batch. The latents form one group: a flow's divergence
+    is no sum over latents, and posteriors shall be compared under one objective. Below
+    :math:`\lambda` the divergence is free and has no gradient.
+
+    Arguments:
+        terms: what `negative_elbo` returns.
+        kl_weight: :math:`\beta`, less than 1 while the KL term warms up.
+        free_bits: :math:`\lambda`, in nats per image.
+
+    Returns:
+        The loss, shape ().
+
+    Source: Kingma et al., Improving Variational Inference with Inverse Autoregressive Flow, 2016,
+    section C.8 (free bits); Soenderby et al., Ladder Variational Autoencoders, 2016 (warm-up).
+
+    Example:
+        >>> terms = ElboTerms(torch.tensor([4.0]), torch.tensor([3.0]), torch.tensor([1.0]))
+        >>> training_loss(terms), training_loss(terms, kl_weight=0.5, free_bits=4.0)
+        (tensor(4.), tensor(5.))
+    """
+    return terms.reconstruction.mean() + kl_weight * terms.kl.mean().clamp(min=free_bits)
+
+
 def importance_weighted_bound(log_weights: Tensor) -> Tensor:
     r"""Estimates log p(x) from S draws of the posterior, from below in expectation.
 

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 
 from fastflow.vae.files import write_bytes
 from fastflow.vae.models import VAE
-from fastflow.vae.posteriors import PlanarPosterior
+from fastflow.vae.posteriors import FlowPosterior
 
 PRIOR, BASE, POSTERIOR = "0.65", "tab:blue", "tab:orange"
 MASSES = (0.9, 0.6, 0.3)  # of the regions that the contours enclose
@@ -119,7 +119,7 @@ def draw_posterior(
     flow starts from, if it has one. The images have one pair of axes in common."""
     x = images[:count]
     posterior = model.posterior
-    has_flow = isinstance(posterior, PlanarPosterior)
+    has_flow = isinstance(posterior, FlowPosterior)
     figure = _figure(3.2 * len(x) + 0.4, 5.2)
     thumbnails, panels = figure.subplots(
         2, len(x), sharex="row", sharey="row", squeeze=False, height_ratios=(1, 3)

@@ -10,11 +10,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as nnf
 
-from fastflow import PlanarFlow
-from fastflow.bijections.planar import identity_direction
-from fastflow.functional import planar_flow, planar_flow_inverse
+from fastflow.bijections import Bijection
 from fastflow.vae.objectives import (
     diagonal_normal_log_prob,
     gaussian_kl,
@@ -79,97 +76,61 @@ class GaussianPosterior(Posterior):
         return diagonal_normal_log_prob(z, self.mean(h), self.log_var(h))
 
 
-class PlanarPosterior(Posterior):
-    r"""A diagonal normal carried through a chain of K planar steps.
+class FlowPosterior(GaussianPosterior):
+    r"""A diagonal normal carried through a bijection f, conditioned on the image where f can be.
 
-    .. math:: z_0 = \mu + \sigma \epsilon, \qquad z_k = f_k(z_{k-1}), \qquad
-        \log q(z_K | x) = \log N(z_0; \mu, \sigma^2)
-            - \sum_k \log|\det \partial f_k / \partial z_{k-1}|
+    .. math:: z_0 = \mu + \sigma \epsilon, \qquad z = f(z_0; c), \qquad
+        \log q(z | x) = \log N(z_0; \mu, \sigma^2) - \log|\det \partial f / \partial z_0|
 
-    The steps are those of `fastflow.functional.planar_flow`. Amortised, their parameters are linear
-    in the encoder's features, so that every image has a flow of its own; shared, they are plain
-    parameters, one flow for all images.
+    The context c is the encoder's features h if f takes one of their size, and otherwise a dense
+    layer of them, elu(W h + b). The density at any z is that of the inverse.
 
     Arguments:
         in_features: H, the number of features of the encoder.
-        latent: D, the number of latent variables.
-        steps: K.
-        amortised: whether the encoder emits w, u (K, D) and b (K,) per image.
-        constraint: what keeps a step invertible, see `fastflow.functional.planar_flow`.
+        bijection: f, any `fastflow.Bijection` of D features.
 
     Source: Rezende and Mohamed, Variational Inference with Normalizing Flows, 2015.
 
     Example:
-        >>> posterior = PlanarPosterior(in_features=16, latent=2, steps=3)
+        >>> import fastflow
+        >>> flow = fastflow.ConditionalPlanarFlow(2, context_features=16, steps=3)
+        >>> posterior = FlowPosterior(in_features=16, bijection=flow)
         >>> z, log_q, kl = posterior(torch.randn(5, 16), torch.randn(10, 5, 2))
         >>> z.shape, log_q.shape, kl.shape
         (torch.Size([10, 5, 2]), torch.Size([10, 5]), torch.Size([10, 5]))
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        latent: int,
-        steps: int = 3,
-        amortised: bool = True,
-        constraint: str = "paper",
-    ) -> None:
-        super().__init__()
-        self.latent = latent
-        self.steps = steps
-        self.amortised = amortised
-        self.constraint = constraint
-        self.mean = nn.Linear(in_features, latent)
-        self.log_var = nn.Linear(in_features, latent)
-        if amortised:
-            self.w = nn.Linear(in_features, steps * latent)
-            self.u = nn.Linear(in_features, steps * latent)
-            self.b = nn.Linear(in_features, steps)
-            self._start_near_identity()
-        else:
-            self.flow = PlanarFlow(latent, steps, constraint)
-
-    def _start_near_identity(self) -> None:
-        """u_hat grows without bound as w vanishes: start with w of length 1 and u_hat of 0."""
-        w = nnf.normalize(torch.randn(self.steps, self.latent), dim=-1)
-        starts = (w, identity_direction(w, self.constraint), torch.zeros(self.steps))
-        with torch.no_grad():
-            for layer, start in zip((self.w, self.u, self.b), starts, strict=True):
-                layer.weight.mul_(0.1)
-                layer.bias.copy_(start.flatten())
+    def __init__(self, in_features: int, bijection: Bijection) -> None:
+        super().__init__(in_features, bijection.features)
+        self.bijection = bijection
+        self.context = None
+        if bijection.context_features not in (0, in_features):
+            self.context = nn.Sequential(
+                nn.Linear(in_features, bijection.context_features), nn.ELU()
+            )
 
     def forward(self, h: Tensor, noise: Tensor) -> Draw:
-        z_0, log_q0 = self._base(h, noise)
-        if self.amortised:
-            z, ladj = planar_flow(z_0, *self.flow_parameters(h), self.constraint)
-        else:
-            z, ladj = self.flow(z_0)
+        z_0, log_q0 = _reparametrise(self.mean(h), self.log_var(h), noise)
+        z, ladj = self.bijection(z_0, self._context_of(h))
         log_q = log_q0 - ladj
         return Draw(z, log_q, log_q - standard_normal_log_prob(z))
 
     def log_prob(self, z: Tensor, h: Tensor) -> Tensor:
-        """log q(z | x) at any z (*samples, B, D), by the exact inverse of the chain."""
-        if self.amortised:
-            z_0, ladj = planar_flow_inverse(z, *self.flow_parameters(h), self.constraint)
-        else:
-            z_0, ladj = self.flow.inverse(z)
+        z_0, ladj = self.bijection.inverse(z, self._context_of(h))
         return self.base_log_prob(z_0, h) + ladj
 
     def base_draw(self, h: Tensor, noise: Tensor) -> Tensor:
-        """z_0, the draw before the chain, shape (*samples, B, D)."""
-        return self._base(h, noise)[0]
+        """z_0, the draw before the bijection, shape (*samples, B, D)."""
+        return super().forward(h, noise).z
 
     def base_log_prob(self, z_0: Tensor, h: Tensor) -> Tensor:
-        """log q_0(z_0 | x), the density before the chain, shape (*samples, B)."""
-        return diagonal_normal_log_prob(z_0, self.mean(h), self.log_var(h))
+        """log q_0(z_0 | x), the density before the bijection, shape (*samples, B)."""
+        return super().log_prob(z_0, h)
 
-    def flow_parameters(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The steps' w, u (B, K, D) and b (B, K) of features h (B, H), amortised only."""
-        shape = (*h.shape[:-1], self.steps, self.latent)
-        return self.w(h).reshape(shape), self.u(h).reshape(shape), self.b(h)
-
-    def _base(self, h: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        return _reparametrise(self.mean(h), self.log_var(h), noise)
+    def _context_of(self, h: Tensor) -> Tensor | None:
+        if not self.bijection.context_features:
+            return None
+        return h if self.context is None else self.context(h)
 
 
 def _reparametrise(mean: Tensor, log_var: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -18,18 +18,22 @@ from fastflow.vae.checkpoint import (
     State,
     load_state,
     optimizer_tensors,
+    record_of,
+    restore_model,
     restore_optimizer,
     save_model,
     save_state,
 )
 from fastflow.vae.config import Config, flag
-from fastflow.vae.data import ImageData, checked
+from fastflow.vae.data import ImageData
 from fastflow.vae.errors import VaeError
 from fastflow.vae.evaluation import evaluate, mean_negative_elbo
 from fastflow.vae.files import remove_leftovers, write_csv, write_json
 from fastflow.vae.models import VAE, build
-from fastflow.vae.objectives import negative_elbo
+from fastflow.vae.objectives import negative_elbo, training_loss
+from fastflow.vae.schedules import kl_weight, learning_rate
 from fastflow.vae.seeding import generator_for
+from fastflow.vae.splits import Splits, split
 
 STATE_FILE = "state.safetensors"
 FILES = (
@@ -52,14 +56,18 @@ class Run:
     `state.safetensors` is the truth: parameters, Adam's moments and the record of all epochs, in
     one file that is replaced in one step. Every other file is derived from it, and written again
     when a run is resumed, so a run that is killed at any moment leaves nothing out of step.
+
+    With validation images `best` is the model of the epoch that was best on them, which is the one
+    that is written and evaluated; without, it is the model itself.
     """
 
     folder: Path
     config: Config
-    data: ImageData
+    data: Splits
     device: torch.device
     history: list[dict[str, float]]
     model: VAE
+    best: VAE
     optimizer: torch.optim.Adam
 
     @classmethod
@@ -71,8 +79,7 @@ class Run:
             OSError: the folder cannot be written.
         """
         require_no_run(folder)
-        model = build(config, checked(data).train.shape[1])
-        run = cls._assemble(folder, config, data, device, [], model)
+        run = cls._assemble(folder, config, split(data, config), device)
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder, FILES)
         run.save()
@@ -86,33 +93,29 @@ class Run:
             VaeError: the images are not those of the run.
             OSError: the folder cannot be written.
         """
-        if checked(data).shape != state.shape:
+        splits = split(data, state.config)
+        if splits.shape != state.shape:
             raise VaeError(f"images are {data.shape}, those of {folder} are {state.shape}")
-        model = build(state.config, data.train.shape[1])
-        model.load_state_dict(state.model)
-        run = cls._assemble(folder, state.config, data, device, list(state.history), model)
+        run = cls._assemble(folder, state.config, splits, device)
+        run.history += state.history
+        restore_model(folder / STATE_FILE, run.model, state.model)
         restore_optimizer(run.model, run.optimizer, state.optimizer)
+        if state.best:
+            restore_model(folder / STATE_FILE, run.best, state.best)
         remove_leftovers(folder, FILES)
         run.save()
         return run
 
     @classmethod
-    def _assemble(
-        cls,
-        folder: Path,
-        config: Config,
-        data: ImageData,
-        device: torch.device,
-        history: list[dict[str, float]],
-        model: VAE,
-    ) -> Run:
-        model = model.to(device)
-        data = ImageData(data.train.to(device), data.test.to(device), data.shape)
+    def _assemble(cls, folder: Path, config: Config, data: Splits, device: torch.device) -> Run:
+        """A run before its first epoch."""
+        model = build(config, data.shape).to(device)
+        best = build(config, data.shape).to(device) if config.validation else model
         optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
-        return cls(folder, config, data, device, history, model, optimizer)
+        return cls(folder, config, data.to(device), device, [], model, best, optimizer)
 
     def train(self, report: Callable[[str], None]) -> None:
-        """Trains the epochs that are missing, one checkpoint after each.
+        """Trains the epochs that are missing, one checkpoint after each; early stopping ends it.
 
         Arguments:
             report: gets one line per epoch.
@@ -121,9 +124,19 @@ class Run:
             VaeError: the loss is no longer finite; the last checkpoint stays.
             OSError: the folder cannot be written.
         """
-        for epoch in range(len(self.history) + 1, self.config.epochs + 1):
+        while (epoch := len(self.history) + 1) <= self.config.epochs and not self.is_stopped:
             self.history.append(self._train_epoch(epoch, report))
+            if self.config.validation and best_epoch(self.history) == epoch:
+                self.best.load_state_dict(self.model.state_dict())
             self.save()
+        if self.is_stopped:
+            report(f"stopped early, the best epoch was {best_epoch(self.history)}")
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether the last `patience` epochs brought no better validation loss."""
+        epochs, patience = len(self.history), self.config.patience
+        return 0 < patience <= epochs - best_epoch(self.history)
 
     def save(self) -> None:
         """Writes the state, then everything that follows from it."""
@@ -133,41 +146,44 @@ class Run:
             self.history,
             self.model.state_dict(),
             optimizer_tensors(self.model, self.optimizer),
+            self.best.state_dict() if self.config.validation else {},
         )
         save_state(self.folder / STATE_FILE, state)
-        save_model(self.folder / "model.safetensors", self.model, self.config, self.data.shape)
+        save_model(self.folder / "model.safetensors", self.best, self.config, self.data.shape)
         machine = {"device": str(self.device), "threads": torch.get_num_threads()}
         write_json(self.folder / "config.json", asdict(self.config) | machine)
-        write_csv(self.folder / "metrics.csv", RECORD, self.history)
+        write_csv(self.folder / "metrics.csv", record_of(self.config), self.history)
         self._write_metrics({})
 
     def finish(self) -> dict[str, float]:
         """Evaluates on the test images and draws the pictures.
 
         Returns:
-            What `fastflow.vae.evaluation.evaluate` returns, with the number of samples.
+            What `fastflow.vae.evaluation.evaluate` returns, with the number of samples and the
+            epoch after which the model was what is evaluated here.
         """
-        images = self._test_images()
+        images = self.data.test
         samples = self.config.importance_samples
-        test = evaluate(self.model, images, self._generator("evaluation"), samples)
+        test = evaluate(self.best, images, self._generator("evaluation"), samples)
         test["importance_samples"] = samples
+        test["epoch"] = best_epoch(self.history)
         plots.draw_loss(self.folder / "loss.png", self.history)
         plots.draw_reconstructions(
             self.folder / "reconstructions.png",
-            self.model,
+            self.best,
             images,
             self.data.shape,
             self._generator("reconstructions"),
         )
         plots.draw_samples(
             self.folder / "samples.png",
-            plots.sample_images(self.model, 8, self._generator("samples")),
+            plots.sample_images(self.best, 8, self._generator("samples")),
             self.data.shape,
         )
         if self.config.latent == 2:
             plots.draw_posterior(
                 self.folder / "posterior.png",
-                self.model,
+                self.best,
                 images,
                 self.data.shape,
                 self._generator("posterior"),
@@ -177,7 +193,9 @@ class Run:
 
     def _train_epoch(self, epoch: int, report: Callable[[str], None]) -> dict[str, float]:
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
-        images = len(self.data.train)
+        images, weight = len(self.data.train), kl_weight(self.config, epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, epoch)
         started = perf_counter()
         # On a terminal only: in a log file the line per epoch is enough.
         with tqdm(total=images, unit="image", leave=False, disable=None) as bar:
@@ -185,7 +203,7 @@ class Run:
             for x, noise in self._batches(epoch):
                 terms = negative_elbo(self.model, x, noise)
                 self.optimizer.zero_grad(set_to_none=True)
-                terms.loss.mean().backward()
+                training_loss(terms, weight, self.config.free_bits).backward()
                 self.optimizer.step()
                 with torch.no_grad():
                     totals += torch.stack([terms.reconstruction.sum(), terms.kl.sum()])
@@ -193,18 +211,22 @@ class Run:
                     bar.set_postfix(loss=f"{totals.sum().item() / bar.n:.2f}", refresh=False)
         reconstruction, kl = (totals / images).tolist()
         rate = images / (perf_counter() - started)
-        test = mean_negative_elbo(self.model, self._test_images(), self._generator("test", epoch))
+        test = mean_negative_elbo(self.model, self.data.test, self._generator("test", epoch))
         loss = reconstruction + kl
         record = dict(zip(RECORD, (epoch, loss, -loss, reconstruction, kl, test), strict=True))
-        if not (math.isfinite(loss) and math.isfinite(test)):
+        line = f"epoch {epoch}/{self.config.epochs}  loss {loss:.3f}  test {test:.3f}"
+        if self.config.validation:
+            # The same noise in every epoch: what differs between them is the model.
+            noise = self._generator("validation")
+            validation = mean_negative_elbo(self.model, self.data.validation, noise)
+            record["validation_loss"] = validation
+            line += f"  validation {validation:.3f}"
+        if not all(map(math.isfinite, record.values())):
             raise VaeError(
                 f"epoch {epoch}: the loss is not finite, a smaller learning rate than "
                 f"{self.config.lr:g} may help"
             )
-        report(
-            f"epoch {epoch}/{self.config.epochs}  loss {loss:.3f}  "
-            f"test {test:.3f}  {rate:,.0f} images/s"
-        )
+        report(f"{line}  {rate:,.0f} images/s")
         return record
 
     def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -222,17 +244,17 @@ class Run:
             shape = (len(x), self.config.latent)
             yield x, torch.randn(shape, generator=noise, device=self.device)
 
-    def _test_images(self) -> Tensor:
-        """The test images; binarised, they are drawn once and stay the same for all epochs."""
-        if self.config.binarise == "none":
-            return self.data.test
-        return torch.bernoulli(self.data.test, generator=self._generator("test pixels"))
-
     def _generator(self, *key: str | int) -> torch.Generator:
         return generator_for(self.device, self.config.seed, *key)
 
     def _write_metrics(self, test: dict[str, float]) -> None:
         write_json(self.folder / "metrics.json", {"epochs": self.history, "test": test})
+
+
+def best_epoch(history: Sequence[dict[str, float]]) -> int:
+    """The first epoch of the lowest validation loss; without validation, the last; 0 if none."""
+    losses = [record["validation_loss"] for record in history if "validation_loss" in record]
+    return losses.index(min(losses)) + 1 if losses else len(history)
 
 
 def require_no_run(folder: Path) -> None:
@@ -255,8 +277,8 @@ def find_state(folder: Path, settings: dict[str, object]) -> State | None:
 
     Arguments:
         folder: the folder of a run, or one that is empty or missing.
-        settings: fields of `Config` that the caller asks for; all but `epochs` and
-            `importance_samples`, which may be changed, must be those of the run.
+        settings: fields of `Config` that the caller asks for; all but `importance_samples` and,
+            under a constant learning rate, `epochs` must be those of the run.
 
     Raises:
         VaeError: the state is damaged, or a setting differs.
@@ -265,9 +287,12 @@ def find_state(folder: Path, settings: dict[str, object]) -> State | None:
         require_no_run(folder)
         return None
     state = load_state(folder / STATE_FILE)
+    changeable = ["importance_samples"]
+    if state.config.schedule == "constant":  # any other depends on the number of epochs
+        changeable.append("epochs")
     for name, value in settings.items():
         held = getattr(state.config, name)
-        if name not in ("epochs", "importance_samples") and value != held:
+        if name not in changeable and value != held:
             raise VaeError(f"{folder}: its run has {flag(name, held)}, not {flag(name, value)}")
     config = replace(state.config, **settings)
     if config.epochs < len(state.history):
