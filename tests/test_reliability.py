@@ -179,7 +179,7 @@ import torch, fastflow
 flow = fastflow.Flow(fastflow.PlanarFlow(2, steps=3))
 flow.log_prob(flow.sample((5,))).sum().backward()
 from fastflow import vae
-model = vae.build(vae.Config(posterior="planar"), 4)
+model = vae.build(vae.Config(posterior="planar"), (2, 2))
 print(vae.evaluate(model, torch.rand(3, 4), torch.Generator())["kl"])
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

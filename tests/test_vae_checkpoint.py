@@ -31,7 +31,7 @@ HISTORY = [dict.fromkeys(RECORD, 0.5) | {"epoch": 1}]
 
 
 def trained():
-    model = build(CONFIG, 12)
+    model = build(CONFIG, SHAPE)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
     negative_elbo(model, torch.rand(5, 12), torch.randn(5, 2)).loss.mean().backward()
     optimizer.step()
@@ -78,11 +78,11 @@ def test_model_round_trip(tmp_path):
 def test_state_round_trip_continues_alike(tmp_path):
     model, optimizer = trained()
     moments = optimizer_tensors(model, optimizer)
-    save_state(tmp_path / "s", State(CONFIG, SHAPE, HISTORY, model.state_dict(), moments))
+    save_state(tmp_path / "s", State(CONFIG, SHAPE, HISTORY, model.state_dict(), moments, {}))
     state = load_state(tmp_path / "s")
     assert state.history == HISTORY
 
-    again = build(CONFIG, 12)
+    again = build(CONFIG, SHAPE)
     again.load_state_dict(state.model)
     optimizer_again = torch.optim.Adam(again.parameters(), lr=0.1)
     restore_optimizer(again, optimizer_again, state.optimizer)
@@ -96,8 +96,8 @@ def test_state_round_trip_continues_alike(tmp_path):
 
 
 def test_state_before_the_first_epoch(tmp_path):
-    model = build(CONFIG, 12)
-    save_state(tmp_path / "s", State(CONFIG, SHAPE, [], model.state_dict(), {}))
+    model = build(CONFIG, SHAPE)
+    save_state(tmp_path / "s", State(CONFIG, SHAPE, [], model.state_dict(), {}, {}))
     state = load_state(tmp_path / "s")
     assert state.history == [] and state.optimizer == {}
 
@@ -162,7 +162,8 @@ METADATA = {
     "a number of many digits": ("9" * 10_000, "malformed JSON"),
     "NaN": ('{"lr": NaN}', "NaN is not a JSON number"),
     "a list": ("[]", "no checkpoint"),
-    "state for model": ({"kind": "state/1"}, "is of kind 'state/1', must be 'model/1'"),
+    "state for model": ({"kind": "state/2"}, "is of kind 'state/2', must be 'model/2'"),
+    "an earlier schema": ({"kind": "model/1"}, "is of kind 'model/1', must be 'model/2'"),
     "no kind": ({"kind": None}, "is of kind None"),
     "no config": ({"config": None}, "unknown or missing"),
     "config is a list": ({"config": []}, "unknown or missing"),
@@ -224,7 +225,7 @@ def test_bad_history_is_refused(tmp_path, fault):
     model, optimizer = trained()
     path = tmp_path / "state.safetensors"
     moments = optimizer_tensors(model, optimizer)
-    save_state(path, State(CONFIG, SHAPE, HISTORY, model.state_dict(), moments))
+    save_state(path, State(CONFIG, SHAPE, HISTORY, model.state_dict(), moments, {}))
     rewrite(path, {"history": HISTORIES[fault]})
     with pytest.raises(VaeError, match=r"state\.safetensors: "):
         load_state(path)

@@ -85,11 +85,11 @@ def test_dynamic_binarisation_draws_anew_every_epoch_but_not_the_test_images(tmp
     data = data._replace(train=torch.full_like(data.train, 0.5))
     run = Run.start(tmp_path / "run", config, data, CPU)
     (first, _), (second, _) = (next(run._batches(epoch)) for epoch in (1, 2))
-    test = run._test_images()
+    test = run.data.test
     for images in (first, second, test):
         assert ((images == 0) | (images == 1)).all()
     assert not torch.equal(first, second)
-    assert torch.equal(test, run._test_images())
+    assert torch.equal(test, run.data.test)
 
 
 @pytest.mark.parametrize("moment", ["before the rename", "after the rename", "half-way"])
@@ -166,7 +166,7 @@ def test_the_pictures_of_posteriors_share_their_axes(tmp_path, data, monkeypatch
 
     monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
     monkeypatch.setattr(plots, "_contour", noted)
-    model = build(replace(CONFIG, posterior=posterior), data.train.shape[1])
+    model = build(replace(CONFIG, posterior=posterior), data.shape)
     with torch.no_grad():
         model.posterior.mean.weight *= 50  # far from each other
     generator = torch.Generator().manual_seed(0)

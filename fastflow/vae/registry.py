@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 import fastflow
 from fastflow.vae.errors import VaeError
 from fastflow.vae.posteriors import FlowPosterior, GaussianPosterior, Posterior
@@ -14,6 +16,7 @@ if TYPE_CHECKING:  # the settings know the names of the posteriors, so they impo
     from fastflow.vae.config import Config
 
 FLOW_SETTINGS = ("steps", "width", "layers", "context", "amortised", "constraint")
+START = 0.1  # what is left at the start of shifts and scales that a network was drawn with
 Make = Callable[["Config", int], Posterior]
 
 
@@ -105,14 +108,12 @@ def _planar(config: Config, in_features: int) -> Posterior:
 
 @register("iaf", settings=("steps", "width", "layers", "context"))
 def _iaf(config: Config, in_features: int) -> Posterior:
-    flow = fastflow.IAF(config.latent, config.steps, *_autoregressive(config))
-    return FlowPosterior(in_features, flow.bijection)
+    return _autoregressive(fastflow.IAF, config, in_features)
 
 
 @register("maf", settings=("steps", "width", "layers", "context"))
 def _maf(config: Config, in_features: int) -> Posterior:
-    flow = fastflow.MAF(config.latent, config.steps, *_autoregressive(config))
-    return FlowPosterior(in_features, flow.bijection)
+    return _autoregressive(fastflow.MAF, config, in_features)
 
 
 @register("pcp", settings=("width", "layers", "context"))
@@ -121,11 +122,20 @@ def _pcp(config: Config, in_features: int) -> Posterior:
     return FlowPosterior(in_features, fastflow.PCPMap(config.latent, config.context, widths))
 
 
-def _autoregressive(config: Config) -> tuple[tuple[int, ...], int, str]:
-    """Hidden widths, context and activation (that of the source) of the layers of IAF and MAF."""
+def _autoregressive(
+    make: type[fastflow.IAF | fastflow.MAF], config: Config, in_features: int
+) -> Posterior:
+    """A posterior by autoregressive layers of alternating order, with the source's activation."""
     if config.width < config.latent:
         raise VaeError(
             f"width: {config.width} must be at least the number of latents, {config.latent}: "
             "narrower networks hide some latents from others"
         )
-    return (config.width,) * config.layers, config.context, "elu"
+    widths = (config.width,) * config.layers
+    flow = make(config.latent, config.steps, widths, config.context, activation="elu").bijection
+    with torch.no_grad():  # starts near the identity, the gate of IAF apart
+        for module in flow.modules():
+            if isinstance(module, fastflow.MADE):
+                module.layers[-1].weight.mul_(START)
+                module.layers[-1].bias.mul_(START)
+    return FlowPosterior(in_features, flow)
