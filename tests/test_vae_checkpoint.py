@@ -3,7 +3,7 @@
 import json
 import pickle
 import struct
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from safetensors.torch import load, save
 
 from fastflow.vae import Config, VaeError, build
 from fastflow.vae.checkpoint import (
+    ADAM,
     RECORD,
     State,
     load_model,
@@ -229,3 +230,52 @@ def test_bad_history_is_refused(tmp_path, fault):
     rewrite(path, {"history": HISTORIES[fault]})
     with pytest.raises(VaeError, match=r"state\.safetensors: "):
         load_state(path)
+
+
+AUTOREGRESSIVE = replace(CONFIG, posterior="iaf", width=4, context=3, validation=5)
+
+
+def test_state_with_buffers_and_a_best_model(tmp_path):
+    model, best = (build(replace(AUTOREGRESSIVE, seed=seed), SHAPE) for seed in (0, 1))
+    record = HISTORY[0] | {"validation_loss": 0.25}
+    moments = {
+        f"{name}.{moment}": torch.ones(()) if moment == "step" else torch.ones_like(parameter)
+        for name, parameter in model.named_parameters()
+        for moment in ADAM
+    }
+    tensors = model.state_dict(), moments, best.state_dict()
+    save_state(tmp_path / "s", State(AUTOREGRESSIVE, SHAPE, [record], *tensors))
+    state = load_state(tmp_path / "s")
+    assert state.history == [record]
+    for read, written in zip((state.model, state.optimizer, state.best), tensors, strict=True):
+        assert read.keys() == written.keys()
+        assert all(torch.equal(read[name], written[name]) for name in read)
+    assert state.model["posterior.bijection.bijections.1.network.order"].dtype == torch.int64
+
+    rewrite(tmp_path / "s", {"history": HISTORY})
+    with pytest.raises(VaeError, match="the record of its epochs is malformed"):
+        load_state(tmp_path / "s")
+    rewrite(tmp_path / "s", {"history": [record]}, **{f"best.{BIAS}": None})
+    with pytest.raises(VaeError, match=r"first 'best\.decoder"):
+        load_state(tmp_path / "s")
+
+
+def test_an_order_that_is_none_is_refused(tmp_path):
+    path = tmp_path / "m"
+    save_model(path, build(AUTOREGRESSIVE, SHAPE), AUTOREGRESSIVE, SHAPE)
+    order = "posterior.bijection.bijections.0.network.order"
+    for value, message in (
+        (torch.tensor([0, 0]), "must hold each of 0 .. 1 once"),
+        (torch.tensor([0.0, 1.0]), r"F32 \[2\], must be I64 \[2\]"),
+    ):
+        rewrite(path, **{order: value})
+        with pytest.raises(VaeError, match=message) as refusal:
+            load_model(path, CPU)
+        assert str(refusal.value).startswith(str(path)) and "\n" not in str(refusal.value)
+
+
+def test_settings_that_build_no_model_are_refused(model_file):
+    rewrite(model_file, {"config": config(network="conv")})
+    with pytest.raises(VaeError, match="conv needs images of at least 8 x 8") as refusal:
+        load_model(model_file, CPU)
+    assert str(refusal.value).startswith(str(model_file))

@@ -13,13 +13,36 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 from vae_files import write_images
 
-from fastflow.vae import Config, VaeError, build, checkpoint, files, load, plots
-from fastflow.vae.training import FILES, STATE_FILE, Run, find_state
+from fastflow.vae import (
+    Config,
+    ImageData,
+    VaeError,
+    build,
+    checkpoint,
+    evaluate,
+    files,
+    load,
+    plots,
+    training,
+    training_loss,
+)
+from fastflow.vae.checkpoint import load_model
+from fastflow.vae.training import FILES, STATE_FILE, Run, best_epoch, find_state
 
 CPU = torch.device("cpu")
 CONFIG = Config(
     posterior="planar", data="mnist", hidden=8, epochs=3, batch_size=20, importance_samples=4
 )
+
+EVERYTHING = {  # all that has a random stream or a state of its own
+    "binarise": "dynamic",
+    "schedule": "cosine",
+    "kl_warmup": 2,
+    "free_bits": 0.5,
+    "validation": 9,
+    "patience": 2,
+}
+OVERFITTING = replace(CONFIG, lr=0.05, epochs=30, validation=9, patience=2, schedule="cosine")
 
 
 class Killed(BaseException):
@@ -94,7 +117,7 @@ def test_dynamic_binarisation_draws_anew_every_epoch_but_not_the_test_images(tmp
 
 @pytest.mark.parametrize("moment", ["before the rename", "after the rename", "half-way"])
 def test_a_kill_at_any_write_is_resumed_to_the_same_run(tmp_path, data, monkeypatch, moment):
-    settings = asdict(CONFIG) | {"binarise": "dynamic"}  # one more random stream
+    settings = asdict(CONFIG) | EVERYTHING
     train(tmp_path / "whole", Config(**settings), data)
     expected = contents(tmp_path / "whole")
     write = files.write_bytes
@@ -131,6 +154,88 @@ def test_a_kill_at_any_write_is_resumed_to_the_same_run(tmp_path, data, monkeypa
 def test_more_epochs_continue_a_finished_run(tmp_path, data):
     train(tmp_path / "whole", CONFIG, data)
     train(tmp_path / "parts", Config(**asdict(CONFIG) | {"epochs": 1}), data)
+    resume(tmp_path / "parts", {"epochs": 3}, data)
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+def test_more_epochs_of_another_schedule_are_refused(tmp_path, data):
+    train(tmp_path / "run", replace(CONFIG, schedule="cosine"), data)
+    with pytest.raises(VaeError, match="its run has --epochs 3, not --epochs 4"):
+        find_state(tmp_path / "run", {"epochs": 4})
+
+
+def test_early_stopping_keeps_the_best_epoch(tmp_path, data):
+    run = train(tmp_path / "run", OVERFITTING, data)
+    losses = [record["validation_loss"] for record in run.history]
+    best = best_epoch(run.history)
+    assert losses[best - 1] == min(losses) and len(losses) == best + 2 < OVERFITTING.epochs
+    # Without patience, a cosine of as many epochs and no stop: the same model after that epoch.
+    upto = Run.start(tmp_path / "upto", replace(OVERFITTING, patience=0), data, CPU)
+    while len(upto.history) < best:
+        upto.history.append(upto._train_epoch(len(upto.history) + 1, silent))
+    kept, _, _ = load_model(tmp_path / "run" / "model.safetensors", CPU)
+    for name, value in kept.state_dict().items():
+        assert torch.equal(value, upto.model.state_dict()[name])
+    last = run.model.state_dict()
+    assert any(not torch.equal(value, last[name]) for name, value in kept.state_dict().items())
+
+    test = run.finish()
+    assert test["epoch"] == best
+    expected = evaluate(kept, data.test, run._generator("evaluation"), 4)
+    assert expected.items() <= test.items()
+
+
+def test_a_run_with_early_stopping_is_resumed_from_every_epoch(tmp_path, data):
+    whole = train(tmp_path / "whole", OVERFITTING, data)
+    last, best = len(whole.history), best_epoch(whole.history)
+    for fatal in {1, best, best + 1, last}:
+
+        def killed(line, fatal=fatal):
+            if line.startswith(f"epoch {fatal}/"):
+                raise Killed
+
+        folder = tmp_path / str(fatal)
+        with pytest.raises(Killed):
+            Run.start(folder, OVERFITTING, data, CPU).train(killed)
+        resume(folder, asdict(OVERFITTING), data)
+        assert contents(folder) == contents(tmp_path / "whole")
+    lines = []
+    Run.resume(folder, find_state(folder, {}), data, CPU).train(lines.append)
+    assert lines == [f"stopped early, the best epoch was {best_epoch(whole.history)}"]
+    assert contents(folder) == contents(tmp_path / "whole")
+
+
+def test_schedules_and_free_bits_reach_the_optimizer(tmp_path, data, monkeypatch):
+    seen = []
+
+    def noted(terms, weight, free_bits):
+        seen.append((run.optimizer.param_groups[0]["lr"], weight, free_bits))
+        return training_loss(terms, weight, free_bits)
+
+    monkeypatch.setattr(training, "training_loss", noted)
+    config = replace(CONFIG, batch_size=45, schedule="cosine", kl_warmup=2, free_bits=0.25)
+    run = Run.start(tmp_path / "run", config, data, CPU)
+    run.train(silent)
+    rates = [CONFIG.lr * 0.5 * (1 + math.cos(math.pi * e / 3)) for e in range(3)]
+    assert seen == [(rates[0], 0.5, 0.25), (rates[1], 1, 0.25), (rates[2], 1, 0.25)]
+    for record in run.history:  # what is recorded is -ELBO, whatever was minimised
+        assert record["train_loss"] == pytest.approx(record["reconstruction"] + record["kl"])
+
+
+def test_static_binarisation_is_the_same_in_every_epoch(tmp_path, data):
+    config = replace(CONFIG, binarise="static", batch_size=45)
+    run = Run.start(tmp_path / "run", config, data, CPU)
+    (first, _), (second, _) = (next(run._batches(epoch)) for epoch in (1, 2))
+    assert sorted(first.tolist()) == sorted(second.tolist()) == sorted(run.data.train.tolist())
+
+
+@pytest.mark.parametrize("posterior", ["iaf", "maf"])
+def test_flows_with_buffers_and_convolutions_are_resumed(tmp_path, posterior):
+    images = torch.rand(30, 64, generator=torch.Generator().manual_seed(0))
+    data = ImageData(images, images[:9], (8, 8))
+    config = replace(CONFIG, posterior=posterior, network="conv", width=4, context=3)
+    train(tmp_path / "whole", config, data)
+    train(tmp_path / "parts", replace(config, epochs=1), data)
     resume(tmp_path / "parts", {"epochs": 3}, data)
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
