@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from vae_files import write_images
 from vae_quadrature import ROUNDING, grid, integral, strong_flow
 
 import fastflow
@@ -240,6 +241,20 @@ def test_a_registered_posterior_is_a_setting(mine):
     posterior = build(config, (2, 3)).posterior
     assert posterior.bijection.steps == 2 and posterior.bijection.context_features == 5
     check_density(strong_flow(registry.make_posterior(config, FEATURES)))
+
+
+def test_a_registered_posterior_on_the_command_line(mine, tmp_path):
+    for package in ("safetensors", "matplotlib", "tqdm"):
+        pytest.importorskip(package)
+    from fastflow.vae import checkpoint, cli
+
+    torch.set_default_dtype(torch.float32)
+    images, out = write_images(tmp_path / "images"), tmp_path / "run"
+    words = f"train --posterior mine --steps 2 --context 3 --hidden 8 --epochs 1 --out {out} "
+    words += f"--importance-samples 2 --data mnist --data-root {images} --device cpu"
+    assert cli.main(words.split()) == 0
+    model, config, _ = checkpoint.load_model(out / "model.safetensors", torch.device("cpu"))
+    assert config.posterior == "mine" and model.posterior.bijection.steps == 2
 
 
 def test_unfit_recipes_are_refused(mine):

@@ -42,7 +42,7 @@ EVERYTHING = {  # all that has a random stream or a state of its own
     "validation": 9,
     "patience": 2,
 }
-OVERFITTING = replace(CONFIG, lr=0.05, epochs=30, validation=9, patience=2, schedule="cosine")
+OVERFITTING = replace(CONFIG, lr=0.05, epochs=30, validation=9, patience=2)
 
 
 class Killed(BaseException):
@@ -169,10 +169,7 @@ def test_early_stopping_keeps_the_best_epoch(tmp_path, data):
     losses = [record["validation_loss"] for record in run.history]
     best = best_epoch(run.history)
     assert losses[best - 1] == min(losses) and len(losses) == best + 2 < OVERFITTING.epochs
-    # Without patience, a cosine of as many epochs and no stop: the same model after that epoch.
-    upto = Run.start(tmp_path / "upto", replace(OVERFITTING, patience=0), data, CPU)
-    while len(upto.history) < best:
-        upto.history.append(upto._train_epoch(len(upto.history) + 1, silent))
+    upto = train(tmp_path / "upto", replace(OVERFITTING, epochs=best, patience=0), data)
     kept, _, _ = load_model(tmp_path / "run" / "model.safetensors", CPU)
     for name, value in kept.state_dict().items():
         assert torch.equal(value, upto.model.state_dict()[name])
