@@ -12,6 +12,7 @@ from fastflow.bijections import (
     Permutation,
     PlanarFlow,
 )
+from fastflow.convert import convert, revert
 from fastflow.diagnostics import info
 from fastflow.distributions import BijectionTransform
 from fastflow.flows import IAF, MAF, Flow
@@ -31,10 +32,12 @@ __all__ = [
     "MaskedAffineAutoregressive",
     "Permutation",
     "PlanarFlow",
+    "convert",
     "distributions",
     "functional",
     "info",
     "masks",
+    "revert",
     "scales",
     "use_backend",
 ]

@@ -186,6 +186,82 @@ def adjacency(given: Tensor, features: int) -> Tensor:
     return given
 
 
+def staircase_of(
+    given: Sequence[Tensor], outputs: Tensor | None = None, residual: bool = False
+) -> Tensor | None:
+    r"""The staircase that given masks are, with their units in whatever order.
+
+    A level is sorted by how many units its units see; where they see the same, those that are seen
+    by more come first. Whether that makes staircases of all masks is then checked exactly.
+
+    Arguments:
+        given: bool (n_l, n_{l-1}) for every layer, True is seen; n_0 = D.
+        outputs: int64 (D, P), the units of the last layer that hold the P numbers of each feature,
+            in the order in which an op reads them; by default they lie feature after feature.
+        residual: whether the hidden levels form residual blocks, as in `fastflow.functional.made`.
+
+    Returns:
+        What `staircase` returns, on the CPU; None if the masks are no staircase, or if an output
+        depends on its own feature or a later one, or if the levels that a residual network adds
+        differ in what they depend on: kernels cannot take them then.
+
+    Example:
+        >>> x, h, y = torch.tensor([2, 1]), torch.tensor([1, 2, 1]), torch.tensor([2, 1])
+        >>> found = staircase_of([h[:, None] >= x, y[:, None] > h])
+        >>> torch.equal(found, staircase([x, h, y]))
+        True
+    """
+    given = [mask.cpu() for mask in given]
+    features = given[0].shape[1]
+    if outputs is None:
+        outputs = torch.arange(len(given[-1]), device="cpu").view(features, -1)
+    sees = [mask.sum(1) for mask in given]  # by the units of levels 1 ..
+    unseen = [-mask.sum(0) for mask in given]  # by those of levels 0 .., minus how many see a unit
+    by_feature = sees[-1][outputs].T
+    first = _lexsort([unseen[0], *by_feature])
+    hidden = range(1, len(given))
+    orders = [first]
+    for level in hidden:
+        # levels that a residual network adds have one order
+        same = [other for other in hidden if residual and other % 2 and level % 2] or [level]
+        orders.append(_lexsort([sees[other - 1] for other in same] + [unseen[i] for i in same]))
+    orders.append(outputs[first].flatten())
+    prefixes = [seen[order] for seen, order in zip(sees, orders[1:])]
+    if any((prefix.diff() < 0).any() for prefix in prefixes):
+        return None
+    pieces = [first] + [piece for pair in zip(orders[1:], prefixes) for piece in pair]
+    stairs = torch.cat(pieces).to(torch.int32)
+    widths = [features, *map(len, given)]
+    if not all(map(torch.equal, masks(stairs, widths), given)):
+        return None
+    return stairs if _autoregressive(prefixes, features, residual) else None
+
+
+def _autoregressive(prefixes: Sequence[Tensor], features: int, residual: bool) -> bool:
+    """Whether outputs of the r-th feature depend on the r features before it at most.
+
+    Sorted units of a level depend on a number of features that does not descend, so that a unit
+    needs what the last one of its prefix needs.
+    """
+    needed = [torch.arange(1, features + 1, device="cpu")]
+    for prefix in prefixes:
+        none_or = torch.cat([prefix.new_zeros(1), needed[-1]])
+        needed.append(none_or[prefix])
+    added = needed[1:-1:2] if residual else []
+    if not all(torch.equal(one, other) for one, other in pairwise(added)):
+        return False
+    own = torch.arange(len(needed[-1]), device="cpu") // (len(needed[-1]) // features)
+    return bool((needed[-1] <= own).all())
+
+
+def _lexsort(keys: Sequence[Tensor]) -> Tensor:
+    """The stable order of the columns of keys, of which the first counts most."""
+    order = torch.arange(len(keys[0]), device=keys[0].device)
+    for key in reversed(keys):
+        order = order[key[order].argsort(stable=True)]
+    return order
+
+
 def depth(adjacency: Tensor) -> int:
     """How many passes make every feature known, when those whose features are known become so.
 

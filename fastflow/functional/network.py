@@ -74,7 +74,7 @@ def run(
     if not layers:
         raise ValueError(f"{op}: weights is empty, must hold at least one layer")
     none = weights[0].new_empty(0) if isinstance(weights[0], Tensor) else None
-    biases = [none] * layers if biases is None else _tensors(op, "biases", biases, none)
+    biases = _tensors(op, "biases", [None] * layers if biases is None else biases, none)
     terms = [] if terms is None else _tensors(op, "terms", terms, none)
     given = {x_name: x}
     given |= {f"weights[{i}]": weight for i, weight in enumerate(weights)}
@@ -123,7 +123,10 @@ def _tensors(
         raise TypeError(
             f"{op}: {name} is a {type(tensors).__name__}, must be a sequence of tensors"
         )
-    return [none if tensor is None and none is not None else tensor for tensor in tensors]
+    # a new one for each: torch.compile refuses an op that is given one tensor twice
+    return [
+        none.new_empty(0) if tensor is None and none is not None else tensor for tensor in tensors
+    ]
 
 
 def _check_shapes(
@@ -165,12 +168,11 @@ def _fold(biases: list[Tensor], terms: list[Tensor]) -> tuple[list[Tensor], list
     """Terms that are the same for all points become part of the biases."""
     if not any(map(_single, terms)):
         return biases, terms
-    none = terms[0].new_empty(0)
     folded = [
         (term if bias.shape == (0,) else bias + term) if _single(term) else bias
         for bias, term in zip(biases, terms)
     ]
-    left = [none if _single(term) else term for term in terms]
+    left = [term.new_empty(0) if _single(term) else term for term in terms]
     return folded, left if any(term.shape != (0,) for term in left) else []
 
 

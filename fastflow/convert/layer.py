@@ -1,0 +1,176 @@
+"""What the converted layers of all libraries share: what they know beside their parameters."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastflow.transforms import batched
+
+
+class Unsupported(ValueError):
+    """A layer, or a setting of one, that cannot be converted; the message says why."""
+
+
+class Converted:
+    """The face of a layer whose class was swapped: a subclass of this and of the library's class.
+
+    The layer keeps its parameters, buffers, submodules, hooks and name; it computes in another way.
+    A converted class has the name of the original, which is the last of its bases.
+    """
+
+    derived: tuple[str, ...] = ()
+    """Attributes that the layer has because it is converted."""
+
+    def prepare(self) -> None:
+        """Computes what the layer needs beside its parameters.
+
+        Raises:
+            Unsupported: the layer has a setting that fastflow does not know.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no prepare")
+
+    @classmethod
+    def twin(cls, layer: nn.Module) -> Converted:
+        """A converted layer that shares everything with the given one, which stays as it is."""
+        found = object.__new__(cls)
+        found.__dict__.update(layer.__dict__)
+        found.prepare()
+        return found
+
+    def adopt(self, layer: nn.Module) -> None:
+        """Makes the layer whose twin this is a converted one."""
+        layer.__dict__.update({name: self.__dict__[name] for name in self.derived})
+        layer.__class__ = type(self)
+
+    def restore(self) -> None:
+        """Makes this layer what it was."""
+        for name in self.derived:
+            del self.__dict__[name]
+        self.__class__ = type(self).__bases__[-1]
+
+
+class MaskedLayer(Converted):
+    """A converted layer on a masked network, with the staircase of its masks.
+
+    Masks are always those of the layer's own buffers. Eager calls compare the buffers, by identity
+    and version, to those that the staircase was made of; under torch.compile, where that cannot be
+    seen, the staircase is the one made when the layer was converted, loaded, moved or last called.
+    Only writes through `.data`, which PyTorch itself cannot see, and writes into single masks that
+    nothing but compiled calls follow, need a call of `prepare`.
+    """
+
+    derived = ("_stairs", "_sources")
+    _stairs: Tensor | list[Tensor] | None
+    _sources: list[tuple[Tensor, float]]
+
+    def sources(self) -> Sequence[Tensor]:
+        """The buffers as they are now, of which `derive` makes the staircase."""
+        raise NotImplementedError(f"{type(self).__name__} has no sources")
+
+    def derive(self, sources: Sequence[Tensor]) -> Tensor | list[Tensor]:
+        """The masks as `fastflow.functional.autoregressive` takes them.
+
+        Raises:
+            Unsupported: it takes no such masks.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no derive")
+
+    def check(self) -> None:
+        """Raises Unsupported unless all settings of the layer are known."""
+        raise NotImplementedError(f"{type(self).__name__} has no check")
+
+    def prepare(self) -> None:
+        self.check()
+        self._derive(self.sources())
+
+    def adopt(self, layer: nn.Module) -> None:
+        super().adopt(layer)
+        layer.register_load_state_dict_post_hook(_loaded)
+
+    def restore(self) -> None:
+        hooks = self._load_state_dict_post_hooks
+        for number in [number for number, hook in hooks.items() if hook is _loaded]:
+            del hooks[number]
+        super().restore()
+
+    def stairs(self, sources: Sequence[Tensor]) -> Tensor | list[Tensor] | None:
+        """The masks as ops take them; None where the library's own class must answer.
+
+        Arguments:
+            sources: what `sources` returns.
+        """
+        if torch.compiler.is_compiling():
+            return self._stairs
+        if len(sources) == len(self._sources):
+            for source, (seen, version) in zip(sources, self._sources):
+                if source is not seen or _version(source) != version:
+                    break
+            else:
+                return self._stairs
+        if any(map(batched, sources)):
+            return None  # several networks at once, by vmap
+        self.refresh(sources)
+        return self._stairs
+
+    def refresh(self, sources: Sequence[Tensor]) -> None:
+        """Makes the staircase of masks that have changed, or warns that they are none any more."""
+        try:
+            self._derive(sources)
+        except Unsupported as problem:
+            self._stairs = None
+            warnings.warn(
+                f"{type(self).__name__}: {problem}: the library's own code answers, at its speed",
+                UserWarning,
+                stacklevel=3,
+            )
+
+    def _derive(self, sources: Sequence[Tensor]) -> None:
+        # first: other masks that are refused are not to be tried at every call
+        self._sources = [(source, _version(source)) for source in sources]
+        if any(source.is_meta for source in sources):
+            self._stairs = None
+            return
+        with torch.no_grad():
+            stairs = self.derive(sources)
+        device = sources[0].device
+        if isinstance(stairs, Tensor):
+            self._stairs = stairs.to(device)
+        else:
+            self._stairs = [mask.to(device) for mask in stairs]
+
+    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
+        super()._apply(*args, **kwargs)
+        self.refresh(self.sources())
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy's versions start anew, so that it must not trust those of the original
+        self.stairs(self.sources())
+        inherited = getattr(super(), "__getstate__", None)
+        state = dict(inherited() if inherited else self.__dict__)
+        return state | {"_sources": []}
+
+
+def tensors(layers: Sequence[nn.Module], name: str) -> list[Tensor | None]:
+    """The weight, bias or other tensor of this name of every layer, as it is now."""
+    # past __getattr__ of modules, which in a small model takes longer than the network
+    found = [layer._parameters.get(name) for layer in layers]
+    return [getattr(layer, name) if one is None else one for one, layer in zip(found, layers)]
+
+
+def _version(source: Tensor) -> float:
+    """How often a tensor was written to; for tensors that do not count it, nothing equals it."""
+    try:
+        return source._version
+    except RuntimeError:  # made in inference mode
+        return math.nan
+
+
+def _loaded(layer: MaskedLayer, _: Any) -> None:
+    layer.refresh(layer.sources())

@@ -1,0 +1,129 @@
+"""The affine autoregressive layer that nflows and, after it, normflows build on their MADE.
+
+A layer is its `autoregressive_net`: an initial layer, blocks of one masked layer each or of two
+around which the input is added, and a final layer whose outputs are, feature after feature, raw
+scale and shift. The context reaches the initial layer and, in some, the blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fastflow import masks
+from fastflow.convert.activations import activation_name, check_hooks
+from fastflow.convert.layer import MaskedLayer, Unsupported, tensors
+from fastflow.functional.autoregressive import autoregressive, autoregressive_inverse
+from fastflow.scales import Scale
+
+
+class MadeLayer(MaskedLayer):
+    """A converted layer on a MADE of nflows or normflows, to stand before the library's class."""
+
+    derived = (*MaskedLayer.derived, "_activation", "_residual")
+    made: ClassVar[ModuleType]
+    """The library's module that defines MADE and its parts."""
+    scale: ClassVar[Scale]
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        network = self.network(inputs, context)
+        if network is None:
+            return super().forward(inputs, context)
+        return autoregressive(inputs, **network)
+
+    def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        network = self.network(inputs, context)
+        if network is None:
+            return super().inverse(inputs, context)
+        return autoregressive_inverse(inputs, **network)
+
+    def network(self, inputs: Tensor, context: Tensor | None) -> dict[str, Any] | None:
+        """The network as ops take it; None where the library's own class must answer."""
+        layers = self.masked_layers()
+        stairs = self.stairs(tensors(layers, "mask"))
+        if stairs is None or inputs.dim() != 2:  # the library's class knows rows only
+            return None
+        return {
+            "weights": tensors(layers, "weight"),
+            "biases": tensors(layers, "bias"),
+            "stairs": stairs,
+            "terms": None if context is None else self.terms(context, len(layers)),
+            "activation": self._activation,
+            "residual": self._residual,
+            "scale": self.scale,
+        }
+
+    def terms(self, context: Tensor, layers: int) -> list[Tensor | None]:
+        """What the context (B, C) adds to the pre-activations of every layer."""
+        raise NotImplementedError(f"{type(self).__name__} has no terms")
+
+    def masked_layers(self) -> list[nn.Module]:
+        """The masked layers, from the inputs up."""
+        # not by attribute: in a small model, modules' __getattr__ takes longer than the network
+        net = self._modules["autoregressive_net"]._modules
+        layers = [net["initial_layer"]]
+        for block in net["blocks"]._modules.values():
+            parts = block._modules
+            if "linear" in parts:
+                layers.append(parts["linear"])
+            else:
+                layers += parts["linear_layers"]._modules.values()
+        layers.append(net["final_layer"])
+        return layers
+
+    def sources(self) -> list[Tensor]:
+        return tensors(self.masked_layers(), "mask")
+
+    def derive(self, sources: Sequence[Tensor]) -> Tensor:
+        shown = [mask != 0 for mask in sources]
+        outputs = torch.arange(len(shown[-1]), device="cpu").view(-1, 2).flip(-1)
+        stairs = masks.staircase_of(shown, outputs, self._residual)
+        if stairs is None:
+            raise Unsupported("its masks are not those of an autoregressive staircase")
+        return stairs
+
+    def check(self) -> None:
+        made, net = self.made, self.autoregressive_net
+        _check_class("autoregressive_net", net, made.MADE)
+        check_hooks(net)
+        for name in ("initial_layer", "final_layer"):
+            _check_class(name, getattr(net, name), made.MaskedLinear)
+        for number, block in enumerate(net.blocks):
+            _check_block(f"blocks.{number}", block, made)
+        if len(set(map(type, net.blocks))) > 1:
+            raise Unsupported("it has blocks of both kinds")
+        users = [net] * hasattr(net, "activation") + list(net.blocks)
+        names = {activation_name(user.activation) for user in users} or {"relu"}
+        if len(names) > 1:
+            raise Unsupported(f"it has several activations: {', '.join(sorted(names))}")
+        (self._activation,) = names
+        self._residual = self.residual()
+
+    def residual(self) -> bool:
+        """Whether the last hidden units feed the outputs without an activation in between."""
+        raise NotImplementedError(f"{type(self).__name__} has no residual")
+
+
+def _check_block(name: str, block: nn.Module, made: ModuleType) -> None:
+    if isinstance(block, made.MaskedResidualBlock):
+        _check_class(name, block, made.MaskedResidualBlock)
+        normalised, linear = block.use_batch_norm, list(block.linear_layers)
+    else:
+        _check_class(name, block, made.MaskedFeedforwardBlock)
+        normalised, linear = block.batch_norm is not None, [block.linear]
+    if normalised:
+        raise Unsupported("batch norm is not supported")
+    if block.dropout.p:
+        raise Unsupported(f"dropout is not supported, its probability is {block.dropout.p}")
+    for layer in linear:
+        _check_class(f"a layer of {name}", layer, made.MaskedLinear)
+
+
+def _check_class(name: str, module: nn.Module, kind: type[nn.Module]) -> None:
+    """Raises Unsupported unless the module is of exactly this class: others may not compute it."""
+    if type(module) is not kind:
+        raise Unsupported(f"{name} is a {type(module).__name__}, not a {kind.__name__}")
