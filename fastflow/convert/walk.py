@@ -10,7 +10,7 @@ from torch import nn
 
 from fastflow.convert.layer import Converted, Unsupported
 
-LIBRARIES = ("nflows",)
+LIBRARIES = ("nflows", "normflows")
 
 
 class Row(NamedTuple):
