@@ -9,6 +9,7 @@ from fastflow.bijections import (
     ConditionalPlanarFlow,
     Inverse,
     MaskedAffineAutoregressive,
+    PCPMap,
     Permutation,
     PlanarFlow,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "Flow",
     "Inverse",
     "MaskedAffineAutoregressive",
+    "PCPMap",
     "Permutation",
     "PlanarFlow",
     "convert",

@@ -4,6 +4,7 @@ from fastflow.bijections.autoregressive import MaskedAffineAutoregressive
 from fastflow.bijections.base import Bijection
 from fastflow.bijections.composition import Chain, Inverse, Permutation
 from fastflow.bijections.made import MADE
+from fastflow.bijections.pcp import PCPMap
 from fastflow.bijections.planar import ConditionalPlanarFlow, PlanarFlow
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "ConditionalPlanarFlow",
     "Inverse",
     "MaskedAffineAutoregressive",
+    "PCPMap",
     "Permutation",
     "PlanarFlow",
 ]

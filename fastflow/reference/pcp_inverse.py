@@ -1,0 +1,125 @@
+"""The inverse of the gradient map of `fastflow.reference.pcp` by damped Newton.
+
+x solves y = grad P(x), which is the only minimum of F(x) = P(x) - y.x: strictly convex with a
+Hessian of at least the curvature. With g the gradient of F and p = -H^-1 g the Newton step, every
+row goes its own way:
+
+1. While F can tell points apart, -g.p above the rounding error of F, the longest step t = 1, 1/2,
+   1/4 .. is taken that lowers F by ARMIJO t |g.p| (Armijo): there always is one, and F, bounded
+   below, falls until this stage is over, from any start.
+2. Then Newton is about to converge, and F is too coarse to see it. What counts is the energy
+   g.H^-1.g: the first of t = 1 .. 1/8 is taken that lowers it to (1 - t/2)^2.
+3. A row stays put when the energy left is below that of rounding x itself, sum_i H_ii (eps x_i)^2,
+   or when no step lowers it any more, which is where g is rounding error. So the residual
+   |grad P(x) - y| ends within a small factor of the rounding error of grad P itself.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastflow.reference.pcp import (
+    Network,
+    Slopes,
+    forward,
+    gradient,
+    hessian,
+    potential,
+    pre_activations,
+    scaled,
+)
+
+ARMIJO = 1e-4
+SHORTEST = 2.0**-40  # H varies by less than this over what Armijo's rule has to bridge
+SHORTEST_AT_END = 1 / 8
+ROUNDINGS = 8  # of F, in units of eps times its `magnitude`: sums of some hundred terms
+
+
+def magnitude(x: Tensor, y: Tensor, net: Network) -> Tensor:
+    """The sum of the absolute values of all that F(x) is made of, (B,).
+
+    The softplus has slopes of at most 1, so that a rounding error anywhere arrives at F no larger
+    than in proportion to its share of this.
+    """
+    size = scaled(x, net.scales, 0).abs() @ net.inputs[0].abs().mT + net.offsets[0].abs()
+    for k, weight in enumerate(net.weights):
+        size = scaled(size + 1, net.gates, k) @ weight.mT + net.offsets[k + 1].abs()
+        size = size + scaled(x, net.scales, k + 1).abs() @ net.inputs[k + 1].abs().mT
+    linear = (net.shift * x).abs() + (x * y).abs() + 0.5 * net.curvature * x * x
+    return (net.slope * (size + 1)).sum(-1) + linear.sum(-1)
+
+
+def objective(x: Tensor, y: Tensor, net: Network) -> tuple[Tensor, Tensor, Slopes]:
+    """F(x) (B,), its gradient (B, D), and what that leaves for the Hessian."""
+    layers = pre_activations(x, net)
+    image, slopes = gradient(x, net, layers)
+    return potential(x, net, layers) - (x * y).sum(-1), image - y, slopes
+
+
+def positive_factor(matrix: Tensor) -> Tensor:
+    """The Cholesky factor of (B, D, D), of a diagonal bound on it where rounding made it fail."""
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    bound = torch.diag_embed(matrix.abs().sum(-1).sqrt())
+    return torch.where((info == 0)[:, None, None], factor, bound)
+
+
+def half_solved(factor: Tensor, g: Tensor) -> Tensor:
+    """L^-1 g (B, D), whose square is the energy."""
+    return torch.linalg.solve_triangular(factor, g[..., None], upper=False)[..., 0]
+
+
+def newton_step(x: Tensor, y: Tensor, net: Network) -> tuple[Tensor, Tensor]:
+    """Rows x (B, D) after one damped step, and which of them have arrived (B,)."""
+    eps = torch.finfo(x.dtype).eps
+    value, g, slopes = objective(x, y, net)
+    matrix, _ = hessian(slopes, net)
+    factor = positive_factor(matrix)
+    half = half_solved(factor, g)
+    step = torch.linalg.solve_triangular(factor.mT, -half[..., None], upper=True)[..., 0]
+    energy = half.square().sum(-1)
+    ending = energy <= ROUNDINGS * eps * magnitude(x, y, net)
+    shortest = torch.where(ending, SHORTEST_AT_END, SHORTEST)
+    length, left = torch.zeros_like(energy), energy.clone()
+    rows, t = torch.arange(len(x), device=x.device), 1.0
+    while len(rows):
+        some = net.map_rows(lambda term, rows=rows: term[rows])
+        value_t, g_t, _ = objective(x[rows] + t * step[rows], y[rows], some)
+        energy_t = half_solved(factor[rows], g_t).square().sum(-1)
+        lower = value_t <= value[rows] - ARMIJO * t * energy[rows]
+        nearer = energy_t <= (1 - t / 2) ** 2 * energy[rows]
+        taken = torch.where(ending[rows], nearer, lower)
+        length[rows[taken]], left[rows[taken]] = t, energy_t[taken]
+        t /= 2
+        rows = rows[~taken & (t >= shortest[rows])]
+    x = x + length[:, None] * step
+    negligible = (matrix.diagonal(dim1=-2, dim2=-1) * (eps * x).square()).sum(-1)
+    return x, (length == 0) | (ending & (left <= negligible))
+
+
+def solve(y: Tensor, net: Network) -> Tensor:
+    """x (B, D) with grad P(x) = y, without a graph; NaN in rows where an input is not finite."""
+    y, net = y.detach(), Network.of([one.detach() for one in net.tensors], len(net.inputs))
+    x = torch.zeros_like(y)
+    finite = gradient(x, net)[0].sub(y).isfinite().all(-1)
+    x = torch.where(finite[:, None], x, torch.nan)
+    rows = finite.nonzero()[:, 0]
+    while len(rows):
+        some = net.map_rows(lambda term, rows=rows: term[rows])
+        x[rows], arrived = newton_step(x[rows], y[rows], some)
+        rows = rows[~arrived]
+    return x
+
+
+def inverse(y: Tensor, net: Network) -> tuple[Tensor, Tensor]:
+    """(x (B, D), ladj (B,)) with y = grad P(x); differentiable.
+
+    A Newton step at the root leaves its value alone and doubles the order of the derivatives that
+    are right: two of them serve up to the third.
+    """
+    x = solve(y, net)
+    for _ in range(2):
+        image, slopes = gradient(x, net)
+        matrix, _ = hessian(slopes, net)
+        x = x - torch.linalg.solve(matrix, image - y)
+    return x, -forward(x, net)[1]
