@@ -110,15 +110,18 @@ def test_every_parameter_has_a_gradient(kind):
 
 
 @pytest.mark.parametrize("kind", ["planar", "iaf", "maf"])
-def test_a_flow_follows_the_image_and_starts_close_to_the_normal(kind):
+def test_a_flow_follows_the_image(kind):
     posterior = registry.make_posterior(Config(posterior=kind, **SETTINGS[kind]), FEATURES)
-    noise = torch.randn(50, BATCH, 2)
-    h = torch.randn(BATCH, FEATURES)
-    z_0, z = posterior.base_draw(h, noise), posterior(h, noise).z
-    assert 0 < (z - z_0).square().mean() < 0.5 * z_0.square().mean()
-    context = posterior._context_of(h)
+    context = posterior._context_of(torch.randn(BATCH, FEATURES))
     moved = [posterior.bijection(torch.zeros(2), context[row])[0] for row in range(BATCH)]
     assert not torch.equal(*moved)
+
+
+def test_planar_steps_start_near_the_identity():
+    posterior = registry.make_posterior(Config(posterior="planar"), FEATURES)
+    h, noise = torch.randn(BATCH, FEATURES), torch.randn(50, BATCH, 2)
+    z_0, z = posterior.base_draw(h, noise), posterior(h, noise).z
+    assert 0 < (z - z_0).square().mean() < 1e-3 * z_0.square().mean()
 
 
 def test_the_order_is_reversed_between_the_steps():

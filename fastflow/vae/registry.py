@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 import fastflow
 from fastflow.vae.errors import VaeError
 from fastflow.vae.posteriors import FlowPosterior, GaussianPosterior, Posterior
@@ -16,7 +14,6 @@ if TYPE_CHECKING:  # the settings know the names of the posteriors, so they impo
     from fastflow.vae.config import Config
 
 FLOW_SETTINGS = ("steps", "width", "layers", "context", "amortised", "constraint")
-START = 0.1  # what is left at the start of shifts and scales that a network was drawn with
 Make = Callable[["Config", int], Posterior]
 
 
@@ -133,9 +130,4 @@ def _autoregressive(
         )
     widths = (config.width,) * config.layers
     flow = make(config.latent, config.steps, widths, config.context, activation="elu").bijection
-    with torch.no_grad():  # starts near the identity, the gate of IAF apart
-        for module in flow.modules():
-            if isinstance(module, fastflow.MADE):
-                module.layers[-1].weight.mul_(START)
-                module.layers[-1].bias.mul_(START)
     return FlowPosterior(in_features, flow)
