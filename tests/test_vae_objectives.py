@@ -1,6 +1,7 @@
 """The objective against brute force: quadrature in 2-D, closed forms, values by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -184,3 +185,6 @@ def test_building_leaves_the_global_random_state():
     first_model, second_model = (build(CONFIGS["planar"], SHAPE).state_dict() for _ in range(2))
     assert torch.equal(before, torch.get_rng_state())
     assert all(torch.equal(first_model[key], second_model[key]) for key in first_model)
+    other = build(replace(CONFIGS["planar"], seed=1), SHAPE).state_dict()
+    parts = ("encoder.0.weight", "posterior.mean.weight", "decoder.0.weight")
+    assert not any(torch.equal(first_model[key], other[key]) for key in parts)
