@@ -34,15 +34,6 @@ SETTINGS = {
     "maf": {"steps": 2, "width": 8, "context": 4},
     "pcp": {"width": 8, "context": 4},
 }
-KINDS = [
-    pytest.param(
-        kind,
-        marks=pytest.mark.skipif(
-            kind == "pcp" and not hasattr(fastflow, "PCPMap"), reason="there is no PCPMap yet"
-        ),
-    )
-    for kind in SETTINGS
-]
 
 
 @pytest.fixture(autouse=True)
@@ -78,12 +69,12 @@ def check_density(posterior):
     assert ((mass - 1).abs() < error).all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SETTINGS)
 def test_log_q_is_the_density_of_the_draws(kind):
     check_density(make_posterior(kind))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SETTINGS)
 @pytest.mark.parametrize("latent", [1, 5])
 def test_draws_of_several_samples(kind, latent):
     config = Config(posterior=kind.split(",")[0], latent=latent, **SETTINGS[kind])
@@ -100,7 +91,7 @@ def test_draws_of_several_samples(kind, latent):
         torch.testing.assert_close(kl, log_q - standard_normal_log_prob(z))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SETTINGS)
 def test_every_parameter_has_a_gradient(kind):
     posterior = make_posterior(kind)
     z, _, kl = posterior(torch.randn(BATCH, FEATURES), torch.randn(9, BATCH, 2))
@@ -109,7 +100,7 @@ def test_every_parameter_has_a_gradient(kind):
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
 
 
-@pytest.mark.parametrize("kind", ["planar", "iaf", "maf"])
+@pytest.mark.parametrize("kind", ["planar", "iaf", "maf", "pcp"])
 def test_a_flow_follows_the_image(kind):
     posterior = registry.make_posterior(Config(posterior=kind, **SETTINGS[kind]), FEATURES)
     context = posterior._context_of(torch.randn(BATCH, FEATURES))

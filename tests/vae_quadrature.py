@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastflow.vae import Posterior
 
-POINTS, STEP = 96, 0.125  # the grid reaches from -12 to 12
+POINTS, STEP = 128, 0.125  # the grid reaches from -16 to 16
 ROUNDING = 1e-11  # float64, after some tens of operations on values of order 10
 
 
