@@ -21,12 +21,12 @@ CHOICES = {
     "binarise": ("none", "static", "dynamic"),
     "schedule": ("constant", "cosine"),
 }
-RANGES = {
+RANGES = {  # the ends of sizes bound what the header of a checkpoint can make us do
     "latent": (1, 1 << 12),
     "hidden": (1, 1 << 16),
-    "steps": (1, 1 << 12),
-    "width": (1, 1 << 16),
-    "layers": (1, 1 << 8),
+    "steps": (1, 1 << 8),
+    "width": (1, 1 << 13),
+    "layers": (1, 1 << 4),
     "context": (1, 1 << 16),
     "batch_size": (1, 1 << 24),
     "kl_warmup": (0, 1 << 24),
