@@ -11,7 +11,7 @@ from torch.autograd.function import FunctionCtx
 
 from fastflow.reference import pcp, pcp_backward, pcp_inverse
 from fastflow.reference.pcp import Bends, Network, Slopes, Tensors
-from fastflow.transforms import forward_mode_active, transforms_active
+from fastflow.transforms import batched, forward_mode_active, transforms_active
 
 MAPS: dict[bool, Callable[..., tuple[Tensor, Tensor]]] = {
     False: pcp.forward,
@@ -45,7 +45,8 @@ class GradientMap(torch.autograd.Function):
         tensors, left = saved[: ctx.tensors], iter(saved[ctx.tensors :])
         wanted = ctx.needs_input_grad[2:]
         with torch.autocast(point.device.type, enabled=False):
-            if torch.is_grad_enabled():
+            # the backward pass by hand is written in place, which legacy vmap does not know
+            if torch.is_grad_enabled() or batched(d_image) or batched(dladj):
                 cotangents = (d_image, dladj)
                 grads = differentiable_vjp(point, tensors, cotangents, wanted, ctx)
                 return (None, None, *grads)
@@ -67,12 +68,14 @@ def differentiable_vjp(
     wanted: Sequence[bool],
     ctx: FunctionCtx,
 ) -> list[Tensor | None]:
-    """The backward pass as a graph of its own, for derivatives of derivatives."""
-    # aliases: a weight computed from x must not bring its own gradient to that of x
-    point, *tensors = (tensor.view_as(tensor) for tensor in (point, *tensors))
-    leaves = [tensor for tensor, want in zip((point, *tensors), wanted) if want]
-    outputs = MAPS[ctx.inverse](point, Network.of(tensors, ctx.layers))
-    grads = iter(torch.autograd.grad(outputs, leaves, cotangents, create_graph=True))
+    """The backward pass by PyTorch, as a graph of its own where derivatives are recorded."""
+    recorded = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # aliases: a weight computed from x must not bring its own gradient to that of x
+        point, *tensors = (tensor.view_as(tensor) for tensor in (point, *tensors))
+        leaves = [tensor for tensor, want in zip((point, *tensors), wanted) if want]
+        outputs = MAPS[ctx.inverse](point, Network.of(tensors, ctx.layers))
+        grads = iter(torch.autograd.grad(outputs, leaves, cotangents, create_graph=recorded))
     return [next(grads) if want else None for want in wanted]
 
 
