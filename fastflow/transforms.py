@@ -19,6 +19,11 @@ def batched(tensor: Tensor) -> bool:
     return torch._C._dispatch_keys(tensor).has(_BATCHED)
 
 
+def wrapped(tensor: Tensor) -> bool:
+    """Whether a tensor stands for another one inside a torch.func transform."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
 def transforms_active() -> bool:
     """Whether values may be symbolic or batched, so that Python must not branch on them."""
     return functorch_active() or torch.compiler.is_compiling()

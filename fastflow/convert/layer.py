@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastflow.transforms import batched
+from fastflow.transforms import wrapped
 
 
 class Unsupported(ValueError):
@@ -105,36 +105,40 @@ class MaskedLayer(Converted):
         Arguments:
             sources: what `sources` returns.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self._seen(sources):
             return self._stairs
-        if len(sources) == len(self._sources):
-            for source, (seen, version) in zip(sources, self._sources):
-                if source is not seen or _version(source) != version:
-                    break
-            else:
-                return self._stairs
-        if any(map(batched, sources)):
+        if any(map(wrapped, sources)):
             return None  # several networks at once, by vmap
-        self.refresh(sources)
-        return self._stairs
-
-    def refresh(self, sources: Sequence[Tensor]) -> None:
-        """Makes the staircase of masks that have changed, or warns that they are none any more."""
         try:
             self._derive(sources)
         except Unsupported as problem:
-            self._stairs = None
             warnings.warn(
                 f"{type(self).__name__}: {problem}: the library's own code answers, at its speed",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=2,
             )
+        return self._stairs
+
+    def refresh(self) -> None:
+        """Makes the staircase anew if the masks are others, for compiled calls."""
+        sources = self.sources()
+        if not self._seen(sources):
+            try:
+                self._derive(sources)
+            except Unsupported:
+                self._sources = []  # the next eager call will tell; memory may not be filled yet
+
+    def _seen(self, sources: Sequence[Tensor]) -> bool:
+        """Whether the staircase is that of these buffers as they are now."""
+        return len(sources) == len(self._sources) and all(
+            source is seen and _version(source) == version
+            for source, (seen, version) in zip(sources, self._sources)
+        )
 
     def _derive(self, sources: Sequence[Tensor]) -> None:
-        # first: other masks that are refused are not to be tried at every call
-        self._sources = [(source, _version(source)) for source in sources]
+        # what is refused once is not tried again at every call
+        self._stairs, self._sources = None, [(source, _version(source)) for source in sources]
         if any(source.is_meta for source in sources):
-            self._stairs = None
             return
         with torch.no_grad():
             stairs = self.derive(sources)
@@ -146,12 +150,12 @@ class MaskedLayer(Converted):
 
     def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
         super()._apply(*args, **kwargs)
-        self.refresh(self.sources())
+        self.refresh()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy's versions start anew, so that it must not trust those of the original
-        self.stairs(self.sources())
+        self.refresh()
         inherited = getattr(super(), "__getstate__", None)
         state = dict(inherited() if inherited else self.__dict__)
         return state | {"_sources": []}
@@ -173,4 +177,4 @@ def _version(source: Tensor) -> float:
 
 
 def _loaded(layer: MaskedLayer, _: Any) -> None:
-    layer.refresh(layer.sources())
+    layer.refresh()
