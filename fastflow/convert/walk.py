@@ -10,7 +10,7 @@ from torch import nn
 
 from fastflow.convert.layer import Converted, Unsupported
 
-LIBRARIES = ("nflows", "normflows")
+LIBRARIES = ("nflows", "normflows", "pyro", "zuko")
 
 
 class Row(NamedTuple):

@@ -1,0 +1,302 @@
+"""Pyro's affine autoregressive transforms and planar flows, each with and without a context.
+
+Noise to data is their parallel direction. A layer that takes a context makes a transform of it, by
+`condition`; a converted layer makes a fast one.
+
+Layout: a network takes c and x side by side, and its outputs are m_1 .. m_D, a_1 .. a_D.
+
+Source:
+    Pyro 1.9, pyro/distributions/transforms/affine_autoregressive.py and planar.py,
+    pyro/nn/auto_reg_nn.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from pyro import nn as networks
+from pyro.distributions import transforms
+from pyro.distributions.conditional import ConditionalTransformModule
+from pyro.distributions.transforms.planar import ConditionedPlanar as OriginalConditionedPlanar
+from pyro.nn.auto_reg_nn import MaskedLinear
+from torch import Tensor, nn
+
+from fastflow import masks
+from fastflow.bijections.base import check_features
+from fastflow.convert.activations import activation_name, check_hooks
+from fastflow.convert.layer import Converted, MaskedLayer, Unsupported, tensors
+from fastflow.convert.remembering import Remembering
+from fastflow.functional.autoregressive import autoregressive, autoregressive_inverse
+from fastflow.functional.planar_flow import planar_flow, planar_flow_inverse
+from fastflow.scales import Clamp, Gate, Scale
+
+
+class ConvertedTransform(Remembering, Converted):
+    """A converted layer that is a transform itself, with a memory."""
+
+    def adopt(self, layer: nn.Module) -> None:
+        super().adopt(layer)
+        layer.forget()
+
+    def restore(self) -> None:
+        self.forget()
+        for name in self.memory:
+            del self.__dict__[name]
+        super().restore()
+
+
+class MaskedNetwork(MaskedLayer):
+    """A layer with one of Pyro's masked networks, and settings that make a scale of its outputs."""
+
+    derived = (*MaskedLayer.derived, "_activation", "_scale")
+    kind: type[networks.ConditionalAutoRegressiveNN]
+    """The exact class of the network."""
+
+    _activation: str
+    _scale: Scale
+
+    @property
+    def hyper(self) -> networks.ConditionalAutoRegressiveNN:
+        """The network."""
+        raise NotImplementedError(f"{type(self).__name__} has no hyper")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of the affine step by name; those that are missing have their defaults."""
+        raise NotImplementedError(f"{type(self).__name__} has no options")
+
+    def network(self, context: Tensor | None = None) -> dict[str, Any] | None:
+        """The layer at a context as ops take it; None where Pyro's own code must answer."""
+        layers = self.layers()
+        stairs = self.stairs(tensors(layers, "mask"))
+        if stairs is None:
+            return None
+        weights, terms = tensors(layers, "weight"), None
+        if context is not None:
+            of_context, weights[0] = weights[0].split(self.sizes(), 1)
+            terms = [context @ of_context.mT, *[None] * (len(weights) - 1)]
+        return {
+            "weights": weights,
+            "biases": tensors(layers, "bias"),
+            "stairs": stairs,
+            "terms": terms,
+            "activation": self._activation,
+            "scale": self._scale,
+        }
+
+    def layers(self) -> list[MaskedLinear]:
+        """The masked layers, first to last."""
+        return list(self.hyper.layers)
+
+    def sizes(self) -> tuple[int, int]:
+        """C and D."""
+        return self.hyper.context_dim, self.hyper.input_dim
+
+    def sources(self) -> list[Tensor]:
+        return tensors(self.layers(), "mask")
+
+    def derive(self, sources: Sequence[Tensor]) -> Tensor:
+        seen = [source != 0 for source in sources]
+        if not all(torch.equal(one.to(source), source) for one, source in zip(seen, sources)):
+            raise Unsupported("a mask holds other numbers than 0 and 1")
+        of_context, seen[0] = seen[0].split(self.sizes(), 1)
+        features = self.hyper.input_dim
+        outputs = torch.arange(2 * features, device="cpu").view(2, features).T
+        stairs = masks.staircase_of(seen, outputs)
+        if stairs is None or not of_context.all():
+            raise Unsupported("its masks are not those of an order of the features")
+        return stairs
+
+    def check(self) -> None:
+        hyper = self.hyper
+        if type(hyper) is not self.kind:
+            raise Unsupported(f"its network is a {type(hyper).__name__}, not {self.kind.__name__}")
+        if hyper.skip_layer is not None:
+            raise Unsupported("skip_connections=True")
+        if list(hyper.param_dims) != [1, 1]:
+            raise Unsupported(f"param_dims is {hyper.param_dims}, not [1, 1]")
+        if any(type(layer) is not MaskedLinear for layer in hyper.layers):
+            raise Unsupported("its network has layers other than MaskedLinear")
+        check_hooks(hyper)
+        self._activation = activation_name(hyper.f)
+        self._scale = scale_of(**self.options)
+
+
+class AffineStep(Remembering):
+    """The affine transform that a masked network makes."""
+
+    def compute(self, point: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        network = self.network()
+        if network is None:
+            name = ("_inverse" if inverse else "_call") + "_stable" * self.stable
+            image = getattr(transforms.AffineAutoregressive, name)(self, point)
+            return image, self._cached_log_scale.sum(-1)
+        if not inverse:
+            return autoregressive(point, **network)
+        x, ladj = autoregressive_inverse(point, **network)
+        return x, -ladj
+
+    def nothing(self) -> dict[str, Any]:
+        return super().nothing() | {"_cached_log_scale": None}
+
+
+class AffineAutoregressive(
+    MaskedNetwork, AffineStep, ConvertedTransform, transforms.AffineAutoregressive
+):
+    """Converts `pyro.distributions.transforms.AffineAutoregressive`."""
+
+    kind = networks.AutoRegressiveNN
+
+    @property
+    def hyper(self) -> networks.ConditionalAutoRegressiveNN:
+        return self.arn
+
+    @property
+    def options(self) -> dict[str, Any]:
+        names = ("log_scale_min_clip", "log_scale_max_clip", "sigmoid_bias", "stable")
+        return {name: getattr(self, name) for name in names}
+
+    def made_of(self) -> list[Tensor]:
+        layers = self.layers()
+        return tensors(layers, "weight") + tensors(layers, "bias")
+
+
+class Conditional(ConditionalTransformModule):
+    """A converted layer that makes a transform of a context.
+
+    Python swaps classes only if their first bases agree, so that this stands before `Converted`.
+    """
+
+    conditioned: type[Conditioned]
+
+    def condition(self, context: Tensor) -> Conditioned:
+        transform = super().condition(context)
+        transform.__class__ = self.conditioned
+        transform.layer, transform.context = partial(_same, self), context
+        transform.forget()
+        return transform
+
+
+class Conditioned(Remembering):
+    """A transform that a converted layer made of a context.
+
+    Attributes:
+        layer: gives the layer; not the layer itself, which would become a submodule.
+        context: (*batch, C).
+    """
+
+    def made_of(self) -> list[Tensor]:
+        return [*self.layer().parameters(), self.context]
+
+
+class ConditionedAffineAutoregressive(AffineStep, Conditioned, transforms.AffineAutoregressive):
+    """What the layer that follows makes of a context."""
+
+    def network(self) -> dict[str, Any] | None:
+        return self.layer().network(self.context)
+
+
+class ConditionalAffineAutoregressive(
+    Conditional, MaskedNetwork, transforms.ConditionalAffineAutoregressive
+):
+    """Converts `pyro.distributions.transforms.ConditionalAffineAutoregressive`."""
+
+    kind = networks.ConditionalAutoRegressiveNN
+    conditioned = ConditionedAffineAutoregressive
+
+    @property
+    def hyper(self) -> networks.ConditionalAutoRegressiveNN:
+        return self.nn
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return self.kwargs
+
+    def condition(self, context: Tensor) -> Conditioned:
+        check_features(type(self).__name__, "context", context, self.nn.context_dim)
+        return super().condition(context)
+
+
+class PlanarStep(Remembering):
+    """A planar transform. Unlike Pyro's it has an inverse."""
+
+    def compute(self, point: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        b, u, w = self._params()
+        chain = (w.unsqueeze(-2), u.unsqueeze(-2), b)  # of one step
+        if not inverse:
+            return planar_flow(point, *chain)
+        x, ladj = planar_flow_inverse(point, *chain)
+        return x, -ladj
+
+    def nothing(self) -> dict[str, Any]:
+        return super().nothing() | {"_cached_logDetJ": None}
+
+
+class Planar(PlanarStep, ConvertedTransform, transforms.Planar):
+    """Converts `pyro.distributions.transforms.Planar`."""
+
+    def prepare(self) -> None:
+        """It needs nothing, and has no settings."""
+
+    def made_of(self) -> Sequence[Tensor]:
+        return self._params()
+
+
+class ConditionedPlanar(PlanarStep, Conditioned, OriginalConditionedPlanar):
+    """What the layer that follows makes of a context."""
+
+
+class ConditionalPlanar(Conditional, Converted, transforms.ConditionalPlanar):
+    """Converts `pyro.distributions.transforms.ConditionalPlanar`, whatever its network is."""
+
+    conditioned = ConditionedPlanar
+
+    def prepare(self) -> None:
+        if not isinstance(self.nn, nn.Module):
+            raise Unsupported("its network is a function, whose parameters cannot be seen")
+
+
+def _same(layer: nn.Module) -> nn.Module:
+    return layer
+
+
+def scale_of(
+    log_scale_min_clip: float = -5.0,
+    log_scale_max_clip: float = 3.0,
+    sigmoid_bias: float = 2.0,
+    stable: bool = False,
+) -> Scale:
+    """The scale map that options of Pyro's affine step mean.
+
+    Raises:
+        Unsupported: bounds are out of range.
+    """
+    if stable:
+        return Gate(sigmoid_bias)
+    try:
+        return Clamp(log_scale_min_clip, log_scale_max_clip)
+    except ValueError as problem:
+        raise Unsupported(str(problem)) from None
+
+
+LAYERS = {
+    transforms.AffineAutoregressive: AffineAutoregressive,
+    transforms.ConditionalAffineAutoregressive: ConditionalAffineAutoregressive,
+    transforms.Planar: Planar,
+    transforms.ConditionalPlanar: ConditionalPlanar,
+}
+"""What replaces a class of Pyro."""
+OTHERS = {
+    kind: "it is no affine transform"
+    for kind in (
+        transforms.BlockAutoregressive,
+        transforms.NeuralAutoregressive,
+        transforms.ConditionalNeuralAutoregressive,
+        transforms.SplineAutoregressive,
+        transforms.ConditionalSplineAutoregressive,
+    )
+}
+"""Classes of the same kind that nothing replaces, and why."""
