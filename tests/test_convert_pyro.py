@@ -1,0 +1,340 @@
+"""Pyro's transforms, converted: the same numbers in both directions, and no stale memory."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from conversion import TOLERANCES, check_conversion, check_same
+from torch import Tensor, nn
+
+import fastflow
+from fastflow.convert import Unsupported
+
+pyro = pytest.importorskip("pyro")
+
+from pyro import distributions as dist  # noqa: E402
+from pyro.distributions import transforms  # noqa: E402
+from pyro.nn import AutoRegressiveNN, ConditionalAutoRegressiveNN  # noqa: E402
+
+REVERSED = torch.tensor([3, 2, 1, 0])
+AFFINE = {
+    "default": lambda: transforms.affine_autoregressive(5),
+    "stable": lambda: transforms.affine_autoregressive(5, stable=True, sigmoid_bias=1.0),
+    "tight-clip": lambda: transforms.affine_autoregressive(
+        4, log_scale_min_clip=-0.05, log_scale_max_clip=0.02
+    ),
+    "reversed": lambda: affine(4, [16], permutation=REVERSED),
+    "wide": lambda: transforms.affine_autoregressive(16, [128, 128]),
+    "deep": lambda: transforms.affine_autoregressive(4, [16, 24, 8, 12, 4]),
+    "one-pair": lambda: transforms.affine_autoregressive(2, [2]),
+    "tanh": lambda: affine(4, [16, 16], nonlinearity=nn.Tanh()),
+    "elu": lambda: affine(4, [16, 16], nonlinearity=nn.ELU()),
+    "gelu": lambda: affine(4, [16, 16], nonlinearity=nn.GELU()),
+}
+CONDITIONAL = {
+    "default-context": lambda: transforms.conditional_affine_autoregressive(5, 3),
+    "stable-context": lambda: transforms.conditional_affine_autoregressive(5, 3, stable=True),
+    "sbi": lambda: transforms.conditional_affine_autoregressive(6, 12, [50, 50]),
+}
+PLANAR = {
+    "planar": lambda: transforms.planar(5),
+    "planar-context": lambda: transforms.conditional_planar(5, 3),
+}
+LAYERS = AFFINE | CONDITIONAL | PLANAR
+CONTEXTS = {"sbi": 12, "default-context": 3, "stable-context": 3, "planar-context": 3}
+
+
+def affine(features: int, hidden: list[int], **options) -> nn.Module:
+    return transforms.AffineAutoregressive(AutoRegressiveNN(features, hidden, **options))
+
+
+def at(layer: nn.Module, *c: Tensor) -> torch.distributions.Transform:
+    """The transform that a layer is, or makes of a context."""
+    return layer.condition(*c) if c else layer
+
+
+def parallel(layer: nn.Module, x: Tensor, *c: Tensor) -> tuple[Tensor, ...]:
+    transform = at(layer, *c)
+    y = transform(x)
+    return y, transform.log_abs_det_jacobian(x, y)
+
+
+def inverse(layer: nn.Module, y: Tensor, *c: Tensor) -> tuple[Tensor, ...]:
+    transform = at(layer, *c)
+    x = transform.inv(y)
+    return x, transform.log_abs_det_jacobian(x, y), transform.inv.log_abs_det_jacobian(y, x)
+
+
+def density(layer: nn.Module, y: Tensor, *c: Tensor) -> tuple[Tensor, ...]:
+    base = dist.Normal(torch.zeros_like(y[0]), 1).to_event(1)
+    return (dist.TransformedDistribution(base, [at(layer, *c)]).log_prob(y),)
+
+
+def samples(layer: nn.Module, like: Tensor, *c: Tensor) -> tuple[Tensor, ...]:
+    torch.manual_seed(3)
+    base = dist.Normal(torch.zeros_like(like[0]), 1).to_event(1)
+    flow = dist.TransformedDistribution(base, [at(layer, *c)])
+    draw = flow.rsample((len(like),))
+    return draw, flow.log_prob(draw)
+
+
+def calls_of(case: str) -> list[Callable]:
+    """What the library's own class can do: it has no inverse of planar steps.
+
+    Their log-determinants are compared where they are not pushed towards -inf, as those of samples
+    are in training: Pyro's formula cancels there.
+    """
+    return [parallel] if case in PLANAR else [parallel, samples, inverse, density]
+
+
+def inputs_of(case: str, layer: nn.Module) -> list[Tensor]:
+    net = next((part for part in layer.modules() if hasattr(part, "permutation")), None)
+    x = torch.randn(9, net.input_dim if net else 5)
+    return [x, torch.randn(9, CONTEXTS[case])] if case in CONTEXTS else [x]
+
+
+def pair(case: str) -> tuple[nn.Module, nn.Module]:
+    """A layer, and a converted copy of it."""
+    layer = LAYERS[case]()
+    fast = copy.deepcopy(layer)
+    fastflow.convert(fast, strict=True)
+    return layer, fast
+
+
+def same(case: str, layer: nn.Module, fast: nn.Module) -> None:
+    """Both give the same, in all ways."""
+    for call in calls_of(case):
+        check_same(call, layer, fast, inputs_of(case, layer))
+
+
+@pytest.fixture(autouse=True)
+def float64() -> Iterator[None]:
+    """Pyro's inverse makes tensors of the default type."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("case", LAYERS)
+def test_numbers_before_and_after_training(case: str, dtype: torch.dtype) -> None:
+    torch.set_default_dtype(dtype)
+    layer = LAYERS[case]()
+    check_conversion(layer, calls_of(case), inputs_of(case, layer), 1, dtype)
+
+
+def test_clipped_scales_are_tested() -> None:
+    layer = LAYERS["tight-clip"]()
+    _, raw = layer.arn(torch.randn(50, 4))
+    assert (raw < -0.05).any() and (raw > 0.02).any()
+
+
+@pytest.mark.parametrize("case", PLANAR)
+def test_samples_of_planar_steps(case: str) -> None:
+    layer, fast = pair(case)
+    check_same(samples, layer, fast, inputs_of(case, layer))
+
+
+@pytest.mark.parametrize("case", PLANAR)
+def test_planar_steps_have_an_inverse(case: str) -> None:
+    layer, fast = pair(case)
+    y, *c = inputs_of(case, layer)
+    x = at(fast, *c).inv(y)
+    again = at(layer, *c)
+    torch.testing.assert_close(again(x), y, rtol=0, atol=1e-10)
+    _, ladj, back = inverse(fast, y, *c)
+    torch.testing.assert_close(ladj, again.log_abs_det_jacobian(x, y), rtol=0, atol=1e-10)
+    torch.testing.assert_close(back, -ladj)
+
+
+class TestMemory:
+    def test_the_pass_that_gave_a_point_gave_its_log_determinant(self, monkeypatch) -> None:
+        from fastflow.convert import pyro as converted
+
+        _, fast = pair("default")
+        x, y = torch.randn(3, 5), torch.randn(3, 5)
+        image, preimage = fast(x), None
+        monkeypatch.setattr(converted, "autoregressive", None)
+        fast.log_abs_det_jacobian(x, image)
+        assert fast(x) is image and fast.inv(image) is x
+        preimage = fast.inv(y)
+        fast.log_abs_det_jacobian(preimage, y)
+        assert fast(preimage) is y
+
+    @pytest.mark.parametrize("case", ["default", "default-context", "planar", "planar-context"])
+    def test_nothing_stale_after_a_step_of_an_optimizer(self, case: str) -> None:
+        layer, fast = pair(case)
+        x, *c = inputs_of(case, layer)
+        transform = at(fast, *c)
+        optimizer = torch.optim.SGD(fast.parameters(), 0.5)
+        y = transform(x)
+        (y.sum() + transform.log_abs_det_jacobian(x, y).sum()).backward()
+        optimizer.step()
+        layer.load_state_dict(fast.state_dict())
+        original = at(layer, *c)
+        torch.testing.assert_close(transform(x), original(x), rtol=0, atol=1e-10)
+        assert not torch.allclose(transform(x), y)
+        z = transform(x)
+        with torch.no_grad():
+            next(iter(fast.parameters())).add_(0.1)
+        layer.load_state_dict(fast.state_dict())
+        ladj = at(layer, *c).log_abs_det_jacobian(x.clone(), z)
+        torch.testing.assert_close(transform.log_abs_det_jacobian(x, z), ladj, rtol=0, atol=1e-10)
+
+    def test_nothing_stale_after_writing_to_points_or_context(self) -> None:
+        layer, fast = pair("default-context")
+        x, c = inputs_of("default-context", layer)
+        transform = fast.condition(c)
+        transform(x)
+        x.add_(1)
+        torch.testing.assert_close(transform(x), layer.condition(c)(x), rtol=0, atol=1e-10)
+        c.mul_(2)
+        torch.testing.assert_close(transform(x), layer.condition(c)(x), rtol=0, atol=1e-10)
+
+    def test_no_result_without_history_where_gradients_are_recorded(self) -> None:
+        _, fast = pair("default")
+        base = dist.Normal(torch.zeros(5), 1).to_event(1)
+        flow = dist.TransformedDistribution(base, [fast])
+        draw = flow.sample((4,))
+        flow.log_prob(draw).sum().backward()
+        assert all(parameter.grad.any() for parameter in fast.parameters())
+
+    def test_it_can_be_cleared(self) -> None:
+        _, fast = pair("default")
+        x = torch.randn(3, 5)
+        y = fast(x)
+        fast.clear_cache()
+        assert fast(x) is not y
+
+    def test_transforms_of_functions_leave_nothing_behind(self) -> None:
+        layer, fast = pair("default")
+        x = torch.randn(4, 5)
+        jacobian = torch.vmap(torch.func.jacrev(fast))(x)
+        ladj = torch.linalg.slogdet(jacobian).logabsdet
+        torch.testing.assert_close(ladj, layer.log_abs_det_jacobian(x, layer(x)))
+        assert fast._cached_x_y == (None, None)
+
+    def test_inference_mode(self) -> None:
+        layer, fast = pair("default")
+        with torch.inference_mode():
+            y = torch.randn(4, 5)
+            x = fast.inv(y)
+            ladj = fast.log_abs_det_jacobian(x, y)
+        torch.testing.assert_close(ladj, layer.log_abs_det_jacobian(x.clone(), y.clone()))
+
+
+@pytest.mark.parametrize("case", ["default", "stable", "default-context", "planar"])
+def test_it_stays_what_it_was(case: str) -> None:
+    layer = LAYERS[case]()
+    fast = copy.deepcopy(layer)
+    parameters = list(fast.parameters())
+    fastflow.convert(fast)
+    assert isinstance(fast, type(layer)) and type(fast) is not type(layer)
+    assert all(one is other for one, other in zip(parameters, fast.parameters(), strict=True))
+    assert list(fast.state_dict()) == list(layer.state_dict())
+    if case in CONTEXTS:
+        context = torch.zeros(3)
+        one, other = layer.condition(context), fast.condition(context)
+        assert isinstance(other, type(one))
+        assert list(one.parameters()) == list(other.parameters()) == []
+    else:
+        assert fast.domain is layer.domain and fast.codomain is layer.codomain
+        assert fast.with_cache() is fast and fast.inv.inv is fast
+
+
+def test_states_of_other_permutations_are_followed() -> None:
+    layer, fast = pair("default")
+    other = LAYERS["default"]()
+    while torch.equal(other.arn.permutation, fast.arn.permutation):
+        other = LAYERS["default"]()
+    fast.load_state_dict(other.state_dict())
+    same("default", other, fast)
+    layer.load_state_dict(fast.state_dict())
+    same("default", layer, fast)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))], ids=["copy", "pickle"]
+)
+@pytest.mark.parametrize("case", ["default", "stable", "default-context", "planar"])
+def test_copies_after_use(case: str, copied: Callable) -> None:
+    layer, fast = pair(case)
+    x, *c = inputs_of(case, layer)
+    transform = at(fast, *c)
+    y = transform(x)
+    twin = copied(fast)
+    assert type(twin) is type(fast)
+    same(case, layer, twin)
+    torch.testing.assert_close(copied(transform)(x), y)
+    with torch.no_grad():
+        next(iter(twin.parameters())).zero_()
+    same(case, layer, fast)
+
+
+@pytest.mark.parametrize("case", ["default", "stable", "default-context", "planar"])
+def test_revert(case: str) -> None:
+    layer, fast = pair(case)
+    x, *c = inputs_of(case, layer)
+    at(fast, *c)(x)
+    fastflow.revert(fast)
+    assert type(fast) is type(layer) and fast.__dict__.keys() == layer.__dict__.keys()
+    one, other = at(layer, *c), at(fast, *c)
+    assert torch.equal(one(x), other(x))
+    assert torch.equal(one.log_abs_det_jacobian(x, one(x)), other.log_abs_det_jacobian(x, other(x)))
+    fastflow.convert(fast)
+    same(case, layer, fast)
+
+
+def skipping() -> nn.Module:
+    return affine(3, [8], skip_connections=True)
+
+
+def three_parameters() -> nn.Module:
+    return transforms.AffineAutoregressive(AutoRegressiveNN(3, [8], param_dims=[1, 1, 1]))
+
+
+def shifted_mask() -> nn.Module:
+    layer = transforms.affine_autoregressive(3)
+    layer.arn.layers[0].mask.mul_(0.5)
+    return layer
+
+
+def of_a_function() -> nn.Module:
+    net = transforms.conditional_planar(3, 2).nn
+    return transforms.ConditionalPlanar(lambda context: net(context))
+
+
+REFUSED = {
+    "skip": (skipping, "skip_connections=True"),
+    "parameters": (three_parameters, "param_dims"),
+    "activation": (lambda: affine(3, [8], nonlinearity=nn.Sigmoid()), "activation Sigmoid"),
+    "mask": (shifted_mask, "other numbers than 0 and 1"),
+    "clip": (
+        lambda: transforms.affine_autoregressive(3, log_scale_min_clip=-100.0),
+        "low and high",
+    ),
+    "network": (
+        lambda: transforms.AffineAutoregressive(ConditionalAutoRegressiveNN(3, 2, [8])),
+        "ConditionalAutoRegressiveNN",
+    ),
+    "function": (of_a_function, "is a function"),
+    "spline": (lambda: transforms.spline_autoregressive(3), "no affine transform"),
+    "dense": (lambda: transforms.block_autoregressive(3), "no affine transform"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_left_alone_is_named(case: str) -> None:
+    make, reason = REFUSED[case]
+    model = nn.ModuleList([make()])
+    kind = type(model[0])
+    (row,) = fastflow.convert(model).skipped
+    assert row.path == "0" and row.layer == kind.__name__ and reason in row.reason
+    assert type(model[0]) is kind
+    with pytest.raises(Unsupported, match="cannot convert 0"):
+        fastflow.convert(model, strict=True)
