@@ -18,6 +18,7 @@ from torch import Tensor
 BASELINES = (
     *("eager", "hoisted", "compile", "dense", "jacobi"),
     *("zuko", "nflows", "normflows", "pyro"),
+    *("vjps", "hessian"),
 )
 WITH_GRADIENTS = ("backward", "forward_backward", "inverse_backward", "training")
 LIBRARY = "fastflow-"
@@ -191,7 +192,7 @@ def compare(
                 outcome.errors[contender] = errors
             if not timed:
                 continue
-            if direction in WITH_GRADIENTS and own:
+            if direction in WITH_GRADIENTS and own and chain.hooks:
                 outcome.saved_bytes[contender] = saved_bytes(chain)
             if elapsed > ONCE_SECONDS and contender not in COMPILES:
                 outcome.times[name] = [elapsed]

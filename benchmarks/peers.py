@@ -34,6 +34,7 @@ class Chain:
         collect: the gradients of the leaves as those that `names` names.
         context: what must be in force while it runs.
         names: of the gradients that `collect` returns.
+        hooks: whether it can be asked what it keeps for backward: torch.func refuses that.
     """
 
     run: Callable[[], tuple[Tensor, Tensor]]
@@ -41,6 +42,7 @@ class Chain:
     collect: Callable[[Sequence[Tensor]], tuple[Tensor, ...]] = tuple
     context: Callable[[], AbstractContextManager] = nullcontext
     names: tuple[str, ...] = ("dz", "dw", "du", "db")
+    hooks: bool = True
 
 
 def of_function(

@@ -23,11 +23,14 @@ COLOURS = {
     "nflows": "#ccb974",
     "normflows": "#55a868",
     "pyro": "#8172b3",
+    "vjps": "#4c72b0",
+    "hessian": "#da8bc3",
     "dense": "#8c8c8c",
 }
 MARKERS = {
     **{"eager": "o", "hoisted": "v", "compile": "s", "jacobi": "v", "dense": "|"},
     **{"zuko": "P", "nflows": "X", "normflows": "^", "pyro": "D"},
+    **{"vjps": "o", "hessian": "s"},
 }
 OWN = "#222222"
 

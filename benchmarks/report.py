@@ -34,10 +34,11 @@ from tabulate import tabulate
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 SLOWER = "▼"
 ONCE = "†"
-README_CASES = {"planar_flow": 4, "autoregressive": 5}  # of the short grid
+README_CASES = {"planar_flow": 4, "autoregressive": 5, "pcp": 4}  # of the short grid
 README_DIRECTIONS = {
     "planar_flow": ("forward_backward", "inverse"),
     "autoregressive": ("training", "inverse"),
+    "pcp": ("forward_backward", "inverse"),
 }
 LEGEND = (
     "Speed-up: the other's time over that of fastflow's fastest backend, the median of rounds in "
@@ -57,6 +58,12 @@ LEGENDS = {
         "point: passes until nothing changes any more, which depends on the weights. Dense: a "
         "network of the same widths without masks, no rival but a floor. normflows: with residual "
         "blocks, as it has no plain network. Training step: Adam, and the gradient of the points."
+    ),
+    "pcp": (
+        "pcp. One PCPMap; B rows, D features, H hidden layers, C context. The rivals have the same "
+        "network and differentiate its potential by autograd: D vjps, one for each row of the "
+        "Hessian; torch.func, its jacfwd of grad under vmap. Their inverse is a fixed number of "
+        "undamped Newton steps."
     ),
 }
 COPY_LEGEND = (

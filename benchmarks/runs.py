@@ -15,6 +15,8 @@ RIVALS = {
     "nflows": "nflows",
     "normflows": "normflows",
     "pyro": "Pyro",
+    "vjps": "PyTorch, D vjps",
+    "hessian": "torch.func",
     "dense": "dense (floor)",
 }
 FLOORS = ("dense",)

@@ -12,7 +12,7 @@ from conftest import Target
 from torch import Tensor
 
 import fastflow
-from fastflow import Chain, ConditionalPlanarFlow, Inverse, Permutation, PlanarFlow
+from fastflow import Chain, ConditionalPlanarFlow, Inverse, PCPMap, Permutation, PlanarFlow
 
 D, C = 4, 3
 
@@ -24,6 +24,8 @@ def bijections() -> dict[str, fastflow.Bijection]:
         "planar-centred": PlanarFlow(D, steps=3, constraint="centred"),
         "conditional": ConditionalPlanarFlow(D, C, steps=2),
         "conditional-deep": ConditionalPlanarFlow(D, C, steps=2, hidden_features=(8, 8)),
+        "pcp": PCPMap(D, 0, (6,)),
+        "pcp-conditional": PCPMap(D, C, (6, 5)),
         "permutation": Permutation([2, 0, 3, 1]),
         "inverse": Inverse(PlanarFlow(D, steps=2)),
         "chain": Chain(
@@ -140,6 +142,7 @@ def test_a_context_reaches_the_links_that_take_one() -> None:
     "bijection",
     [
         PlanarFlow(2),
+        PCPMap(2, 0, (4,)),
         Permutation([1, 0]),
         Inverse(PlanarFlow(2)),
         Chain(PlanarFlow(2), Permutation([1, 0])),

@@ -1,0 +1,372 @@
+"""PCPMap: the closed forms against autograd, Newton from anywhere, and every way to differentiate."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from conftest import DEVICES
+from torch import Tensor
+from torch.func import jacfwd, jacrev, vmap
+
+import fastflow
+from fastflow import Chain, Flow, Inverse, PCPMap, Permutation
+from fastflow.reference import pcp, pcp_inverse
+
+WIDTHS = [(5,), (6, 5), (4, 5, 6)]
+F64 = torch.float64
+by_widths = pytest.mark.parametrize("widths", WIDTHS, ids=str)
+by_context = pytest.mark.parametrize("C", [0, 2], ids=["plain", "context"])
+
+
+def layer(D: int, C: int, widths: tuple[int, ...], scale: float = 1.0, dtype=F64) -> PCPMap:
+    """A layer away from the identity, with all its parameters `scale` times as large."""
+    made = PCPMap(D, C, widths)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter += 0.5 * torch.randn_like(parameter)
+            parameter *= scale
+    return made.to(dtype)
+
+
+def given(D: int, C: int, *batch: int, dtype=F64) -> tuple[Tensor, Tensor | None]:
+    return torch.randn(*batch, D, dtype=dtype), torch.randn(*batch, C, dtype=dtype) if C else None
+
+
+def autograd_hessian(x: Tensor, net: pcp.Network) -> tuple[Tensor, Tensor]:
+    """Gradient (B, D) and Hessian (B, D, D) of the potential by autograd."""
+    x = x.detach().requires_grad_()
+    (y,) = torch.autograd.grad(pcp.potential(x, net).sum(), x, create_graph=True)
+    rows = [torch.autograd.grad(y[:, d].sum(), x, retain_graph=True)[0] for d in range(x.shape[1])]
+    return y.detach(), torch.stack(rows, 1)
+
+
+@by_context
+@by_widths
+def test_closed_forms_are_those_of_autograd(widths: tuple[int, ...], C: int) -> None:
+    made = layer(3, C, widths)
+    x, context = given(3, C, 7)
+    y, ladj = made(x, context)
+    want, matrix = autograd_hessian(x, made.network(context, F64))
+    torch.testing.assert_close(y, want, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ladj, torch.linalg.slogdet(matrix)[1], rtol=1e-9, atol=1e-9)
+    net = made.network(context, F64)
+    own, _ = pcp.hessian(pcp.gradient(x, net)[1], net)
+    torch.testing.assert_close(own, matrix, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1.0, 10.0])
+@by_context
+@by_widths
+def test_the_jacobian_is_symmetric_and_positive_definite(
+    widths: tuple[int, ...], C: int, scale: float
+) -> None:
+    for _ in range(20):
+        made = layer(3, C, widths, scale)
+        x, context = given(3, C, 5)
+        jacobian = torch.stack(
+            [
+                torch.autograd.functional.jacobian(
+                    lambda x, i=i: made(x, None if context is None else context[i])[0], x[i]
+                )
+                for i in range(len(x))
+            ]
+        )
+        size = jacobian.abs().amax((-2, -1), keepdim=True)
+        assert ((jacobian - jacobian.mT).abs() <= 1e-13 * size).all()
+        assert (torch.linalg.eigvalsh(jacobian)[:, :1] > -1e-13 * size[..., 0]).all()
+        # what is solved and factorised: no eigenvalue is below the least curvature
+        net = made.network(context, F64)
+        least = torch.linalg.eigvalsh(pcp.hessian(pcp.gradient(x, net)[1], net)[0])[:, 0]
+        floor = net.curvature.amin(-1)
+        assert (floor >= 1e-3).all() and (least >= floor - 1e-13 * size[:, 0, 0]).all()
+
+
+@pytest.mark.parametrize("scale", [1.0, 10.0])
+@by_context
+def test_the_potential_is_convex_along_every_line(C: int, scale: float) -> None:
+    made = layer(4, C, (6, 5), scale)
+    ends, context = given(4, C, 2, 50)
+    net = made.network(None if context is None else context[0], F64)
+    left, right = 3 * ends
+    t = torch.rand(50, 1, dtype=F64)
+    between = pcp.potential(left + t * (right - left), net)
+    chord = (1 - t[:, 0]) * pcp.potential(left, net) + t[:, 0] * pcp.potential(right, net)
+    bend = 0.5 * (net.curvature * t * (1 - t) * (right - left) ** 2).sum(-1)
+    assert (between <= chord - bend + 1e-12 * (chord.abs() + 1)).all()
+
+
+@by_context
+@by_widths
+def test_gradcheck(widths: tuple[int, ...], C: int) -> None:
+    made = layer(2, C, widths)
+    tensors = [one for one in given(2, C, 3) if one is not None]
+    leaves = [one.requires_grad_() for one in tensors]
+    for direction in (made, made.inverse):
+        call = lambda *some, go=direction: go(*some[: len(leaves)])  # noqa: E731
+        every = (*leaves, *made.parameters())
+        assert torch.autograd.gradcheck(call, every, check_batched_grad=True, fast_mode=True)
+        assert torch.autograd.gradgradcheck(call, every, fast_mode=True)
+
+
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+def test_the_backward_pass_by_hand_is_that_of_autograd(inverse: bool) -> None:
+    """Every gradient, with shared and per-row terms, against the reference that PyTorch does."""
+    for C, widths in ((0, (7,)), (2, (7,)), (0, (7, 6)), (2, (7, 6)), (2, (7, 6, 5, 4))):
+        made = layer(3, C, widths)
+        x, context = given(3, C, 9)
+        tensors = [one.detach().requires_grad_() for one in made.network(context, F64).tensors]
+        net, x = pcp.Network.of(tensors, len(widths)), x.requires_grad_()
+        plain = pcp_inverse.inverse if inverse else pcp.forward
+        want = plain(x, net)
+        got = fastflow.autograd.pcp.gradient_map(x, net, inverse)
+        cotangents = [torch.randn_like(one) for one in want]
+        expected = torch.autograd.grad(want, [x, *tensors], cotangents)
+        found = torch.autograd.grad(got, [x, *tensors], cotangents)
+        for one, other in zip((*got, *found), (*want, *expected)):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+def rounding_of_gradient(x: Tensor, y: Tensor, net: pcp.Network) -> Tensor:
+    """What a unit in the last place of x, of y and of the layers' sums does to grad P - y."""
+    eps = torch.finfo(x.dtype).eps
+    matrix, _ = pcp.hessian(pcp.gradient(x, net)[1], net)
+    of_x = (matrix.abs() @ x.abs()[..., None])[..., 0]
+    sizes = pcp_inverse.magnitude(x, y, net)[:, None]
+    steep = matrix.diagonal(dim1=-2, dim2=-1).sqrt()
+    return eps * (of_x + y.abs() + net.shift.abs() + steep * sizes.sqrt() + sizes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("scale", [1.0, 3.0, 10.0])
+@by_context
+@by_widths
+def test_newton_ends_at_rounding_from_anywhere(
+    widths: tuple[int, ...], C: int, scale: float, dtype: torch.dtype
+) -> None:
+    made = layer(4, C, widths, scale, dtype)
+    y, context = given(4, C, 40, dtype=dtype)
+    y = y * 10.0 ** torch.randint(-3, 5, (40, 1))  # starts that are far off
+    with torch.no_grad():
+        x, _ = made.inverse(y, context)
+        net = made.network(context, dtype)
+        residual = (pcp.gradient(x, net)[0] - y).abs()
+    assert torch.isfinite(x).all()
+    assert (residual <= 16 * rounding_of_gradient(x, y, net)).all()
+
+
+def test_every_newton_step_lowers_the_objective() -> None:
+    made = layer(4, 2, (6, 5), 5.0)
+    y, context = given(4, 2, 30)
+    net, y = made.network(context, F64), 100 * y
+    with torch.no_grad():
+        x, steps = torch.zeros_like(y), 0
+        value = pcp_inverse.objective(x, y, net)[0]
+        arrived = torch.zeros(30, dtype=torch.bool)
+        while not arrived.all():
+            x, arrived = pcp_inverse.newton_step(x, y, net)
+            after = pcp_inverse.objective(x, y, net)[0]
+            eps = torch.finfo(F64).eps * pcp_inverse.magnitude(x, y, net)
+            assert (after <= value + 8 * eps).all()
+            value, steps = after, steps + 1
+    assert steps > 4  # full Newton steps from afar do not do it
+    torch.testing.assert_close(made(x, context)[0], y, rtol=1e-9, atol=1e-9)
+
+
+@by_context
+def test_float32(C: int) -> None:
+    """Bars: the rounding of float32 inputs, 2^-24, times what the map magnifies it by."""
+    made = layer(5, C, (16, 16))
+    x, context = given(5, C, 100, dtype=torch.float32)
+    narrow = copy.deepcopy(made).float()
+    with torch.no_grad():
+        y, ladj = narrow(x, context)
+        wide = [None if one is None else one.double() for one in (x, context)]
+        made.load_state_dict({name: one.double() for name, one in narrow.state_dict().items()})
+        want, exact = made(*wide)
+        net = made.network(wide[1], F64)
+        matrix, _ = pcp.hessian(pcp.gradient(wide[0], net)[1], net)
+    condition = torch.linalg.cond(matrix)
+    # sums of up to 16 terms in each of three layers: some ten roundings of what they are made of
+    bar = 16 * 2.0**-24
+    assert ((y - want).abs() <= bar * (1 + matrix.abs().sum(-1) * (1 + x.abs()))).all()
+    assert ((ladj - exact).abs() <= bar * 5 * condition).all()
+    assert ladj.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
+    made = layer(3, 2, (6, 5), dtype=dtype)
+    x, context = given(3, 2, 20, dtype=dtype)
+    wide = copy.deepcopy(made).float()
+    for direction in ("forward", "inverse"):
+        image, ladj = getattr(made, direction)(x, context)
+        want, exact = getattr(wide, direction)(x.float(), context.float())
+        assert image.dtype == dtype and ladj.dtype == torch.float32
+        assert torch.equal(image, want.to(dtype)) and torch.equal(ladj, exact)
+
+
+def test_autocast_changes_nothing() -> None:
+    made = layer(3, 2, (6, 5), dtype=torch.float32)
+    x, context = given(3, 2, 20, dtype=torch.float32)
+    want, grads = [], []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y, ladj = made(x, context)
+            back, _ = made.inverse(y, context)
+            want.append((y, ladj, back))
+            grads.append(torch.autograd.grad((ladj + back.sum(-1)).sum(), made.parameters()))
+    for one, other in zip((*want[0], *grads[0]), (*want[1], *grads[1])):
+        assert torch.equal(one, other)
+
+
+@by_context
+def test_function_transforms(C: int) -> None:
+    made = layer(3, C, (6, 5))
+    x, context = given(3, C, 4)
+    rows = (x,) if context is None else (x, context)
+    y, ladj = made(*rows)
+    for one, other in zip(vmap(made)(*rows), (y, ladj)):
+        torch.testing.assert_close(one, other)
+    value = lambda *row: made(*row)[0]  # noqa: E731
+    forwards, backwards = vmap(jacfwd(value))(*rows), vmap(jacrev(value))(*rows)
+    torch.testing.assert_close(forwards, backwards, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.linalg.slogdet(forwards)[1], ladj, rtol=1e-9, atol=1e-9)
+    back = jacrev(lambda y: made.inverse(y, context)[0])(y)
+    own = torch.stack([back[i, :, i] for i in range(4)])
+    torch.testing.assert_close(own @ forwards, torch.eye(3, dtype=F64).expand(4, 3, 3))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiles_to_one_graph(backend: str) -> None:
+    made = layer(3, 2, (6, 5), dtype=torch.float32)
+    x, context = given(3, 2, 8, dtype=torch.float32)
+    compiled = torch.compile(made, fullgraph=True, backend=backend)
+    for one, other in zip(compiled(x, context), made(x, context)):
+        torch.testing.assert_close(one, other)
+    found = torch.autograd.grad(compiled(x, context)[1].sum(), made.parameters())
+    want = torch.autograd.grad(made(x, context)[1].sum(), made.parameters())
+    for one, other in zip(found, want):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("batch", "of_context"),
+    [((), ()), ((0,), ()), ((3,), ()), ((), (3,)), ((5, 3), (3,)), ((5, 1), (1, 3)), ((4,), (1,))],
+)
+def test_batches_broadcast(batch: tuple, of_context: tuple, device: str) -> None:
+    made = layer(1, 2, (4, 3)).to(device)
+    x, context = (
+        torch.randn(*some, dtype=F64, device=device) for some in ((*batch, 1), (*of_context, 2))
+    )
+    shape = torch.broadcast_shapes(batch, of_context)
+    y, ladj = made(x, context)
+    assert y.shape == (*shape, 1) and ladj.shape == shape
+    whole = made(x.expand(*shape, 1), context.expand(*shape, 2))
+    torch.testing.assert_close((y, ladj), whole)
+    back, other = made.inverse(y, context)
+    torch.testing.assert_close((back, other), (x.expand(*shape, 1), -ladj), rtol=1e-9, atol=1e-9)
+
+
+def test_a_bad_row_stays_alone() -> None:
+    made = layer(3, 2, (6, 5))
+    x, context = given(3, 2, 6)
+    spoilt = x.clone()
+    spoilt[1, 0], spoilt[4, 2] = torch.nan, torch.inf
+    bad = torch.tensor([1, 4])
+    for direction in (made, made.inverse):
+        want, got = direction(x, context), direction(spoilt, context)
+        for one, other in zip(want, got):
+            good = torch.tensor([0, 2, 3, 5])
+            torch.testing.assert_close(one[good], other[good])
+            assert not other[bad].flatten(1).isfinite().all(-1).any() if other.dim() > 1 else True
+        assert got[1][bad].isnan().all()
+
+
+@by_context
+@pytest.mark.parametrize("features", [1, 2, 8])
+def test_starts_near_the_identity(features: int, C: int) -> None:
+    made = PCPMap(features, C)
+    x, context = given(features, C, 100, dtype=torch.float32)
+    y, ladj = made(x, context)
+    assert (y - x).abs().max() < 0.3 and ladj.abs().max() < 0.5
+    assert not torch.equal(y, x)
+
+
+def test_trains_to_a_curved_density() -> None:
+    """Maximum likelihood through the inverse: the flow beats the best normal by far."""
+    theta = 4 * torch.rand(400)
+    data = torch.stack([theta.cos(), theta.sin()], 1) + 0.1 * torch.randn(400, 2)
+    normal = torch.distributions.MultivariateNormal(data.mean(0), data.T.cov())
+    flow = Flow(PCPMap(2, 0, (32, 32)))
+    optimizer = torch.optim.Adam(flow.parameters(), 0.02)
+    for _ in range(150):
+        loss = -flow.log_prob(data).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < -normal.log_prob(data).mean() - 0.3
+
+
+def test_takes_part_in_chains_and_flows() -> None:
+    made = layer(3, 2, (6, 5))
+    chain = Chain(made, Permutation([2, 0, 1]), Inverse(layer(3, 2, (4,))))
+    context = torch.randn(4, 2, dtype=F64)
+    for flow in (Flow(chain), Flow(Inverse(chain)), copy.deepcopy(Flow(made))):
+        samples, log_prob = flow.rsample_and_log_prob((5,), context)
+        torch.testing.assert_close(flow.log_prob(samples, context), log_prob, rtol=1e-8, atol=1e-8)
+    x = samples[0].detach()
+    again = pickle.loads(pickle.dumps(made))
+    assert torch.equal(again(x, context)[0], made(x, context)[0])
+
+
+def test_draws_parameters_anew() -> None:
+    made = layer(2, 3, (4, 3))
+    before = copy.deepcopy(made.state_dict())
+    made.reset_parameters()
+    assert made.state_dict().keys() == before.keys()
+    assert all(not torch.equal(one, before[name]) for name, one in made.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: PCPMap(0, 1), ValueError, "PCPMap: features is 0"),
+        (lambda: PCPMap(2, -1), ValueError, "PCPMap: context_features is -1"),
+        (lambda: PCPMap(2, 1, 64), TypeError, "PCPMap: hidden_features is 64"),
+        (lambda: PCPMap(2, 1, ()), ValueError, "PCPMap: hidden_features is empty"),
+        (lambda: PCPMap(2, 1, (3, 0)), ValueError, "PCPMap: hidden_features is 0"),
+        (lambda: PCPMap(2, 1)(torch.zeros(2)), TypeError, "PCPMap: context is None"),
+        (
+            lambda: PCPMap(2, 0)(torch.zeros(2), torch.zeros(1)),
+            TypeError,
+            "context is a Tensor, must be None",
+        ),
+        (
+            lambda: PCPMap(2, 1)(torch.zeros(3), torch.zeros(1)),
+            ValueError,
+            r"PCPMap: x has shape \(3,\), must be \(..., 2\)",
+        ),
+        (
+            lambda: PCPMap(2, 1).inverse(torch.zeros(2), torch.zeros(2)),
+            ValueError,
+            r"PCPMap: context has shape \(2,\), must be \(..., 1\)",
+        ),
+        (
+            lambda: PCPMap(2, 1)(torch.zeros(5, 2), torch.zeros(4, 1)),
+            ValueError,
+            r"PCPMap: these batches do not broadcast: x \(5,\), context \(4,\)",
+        ),
+        (
+            lambda: PCPMap(2, 1).inverse([0.0, 0.0], torch.zeros(1)),
+            TypeError,
+            "PCPMap: y is a list, must be a torch.Tensor",
+        ),
+    ],
+)
+def test_bad_arguments_are_named(make: object, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()
