@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -338,3 +339,40 @@ def test_what_is_left_alone_is_named(case: str) -> None:
     assert type(model[0]) is kind
     with pytest.raises(Unsupported, match="cannot convert 0"):
         fastflow.convert(model, strict=True)
+
+
+def test_torch_compile() -> None:
+    torch.compiler.reset()
+    layer, fast = pair("default")
+    x = torch.randn(4, 5)
+    for call in (parallel, inverse):
+        compiled = torch.compile(partial(call, fast), fullgraph=True, backend="aot_eager")
+        for point in (x, x, x + 1):
+            for want, found in zip(call(layer, point), compiled(point), strict=True):
+                torch.testing.assert_close(found, want, rtol=0, atol=1e-10)
+        with torch.no_grad():
+            fast.arn.layers[0].weight.mul_(0.9)  # a step, after which x is asked about again
+            layer.load_state_dict(fast.state_dict())
+        for want, found in zip(call(layer, x.clone()), compiled(x), strict=True):
+            torch.testing.assert_close(found, want, rtol=0, atol=1e-10)
+
+
+def test_a_guide_of_pyro() -> None:
+    def model() -> None:
+        pyro.sample("z", dist.Normal(torch.zeros(4), 1).to_event(1))
+        pyro.sample(
+            "y", dist.Normal(pyro.sample("a", dist.Normal(0.0, 1.0)), 1), obs=torch.ones(())
+        )
+
+    losses = []
+    for converted in (False, True):
+        pyro.set_rng_seed(0)
+        pyro.clear_param_store()
+        guide = pyro.infer.autoguide.AutoIAFNormal(model, hidden_dim=[16], num_transforms=2)
+        guide()  # it makes its transforms when it is first called
+        if converted:
+            assert len(fastflow.convert(guide).replaced) == 2
+        optimizer = pyro.optim.Adam({"lr": 0.01})
+        svi = pyro.infer.SVI(model, guide, optimizer, pyro.infer.Trace_ELBO())
+        losses.append([svi.step() for _ in range(10)])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-10)

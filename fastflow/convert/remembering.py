@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Transform
 
-from fastflow.transforms import functorch_active
+from fastflow.transforms import transforms_active
 
 
 class Remembering(Transform):
@@ -39,13 +39,14 @@ class Remembering(Transform):
 
     def recall(self, point: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         """What `compute` returns, from memory if it is still there."""
+        if transforms_active():  # of tensors that are wrapped or traced there is nothing to know
+            return self.compute(point, inverse)
         if self._knows(point, inverse):
             return self._cached_x_y[not inverse], self._ladj
         image, ladj = self.compute(point, inverse)
-        if not functorch_active():  # its tensors are of no use outside
-            self._cached_x_y = (image, point) if inverse else (point, image)
-            self._ladj, self._recorded = ladj, torch.is_grad_enabled()
-            self._made_of = [(t, version(t)) for t in (point, image, *self.made_of())]
+        self._cached_x_y = (image, point) if inverse else (point, image)
+        self._ladj, self._recorded = ladj, torch.is_grad_enabled()
+        self._made_of = [(t, version(t)) for t in (point, image, *self.made_of())]
         return image, ladj
 
     def _knows(self, point: Tensor, inverse: bool) -> bool:

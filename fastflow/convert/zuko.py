@@ -166,9 +166,11 @@ def scale_of(univariate: Callable[..., Transform]) -> SoftClip:
     settings = {}
     if type(univariate) is partial and not univariate.args:
         univariate, settings = univariate.func, univariate.keywords
-    if univariate is not transforms.MonotonicAffineTransform or not settings.keys() <= {"slope"}:
+    if univariate is not transforms.MonotonicAffineTransform:
         name = getattr(univariate, "__name__", type(univariate).__name__)
-        raise Unsupported(f"univariate is {name}{settings or ''}, not MonotonicAffineTransform")
+        raise Unsupported(f"univariate is {name}, not MonotonicAffineTransform")
+    if not settings.keys() <= {"slope"}:
+        raise Unsupported(f"univariate has the options {', '.join(settings)}, only slope is known")
     try:
         return SoftClip(settings.get("slope", SLOPE))
     except ValueError as problem:
