@@ -20,7 +20,7 @@ BASELINES = (
     *("zuko", "nflows", "normflows", "pyro"),
     *("vjps", "hessian"),
 )
-WITH_GRADIENTS = ("backward", "forward_backward", "inverse_backward", "training")
+WITH_GRADIENTS = ("backward", "forward_backward", "inverse_backward", "training", "density")
 LIBRARY = "fastflow-"
 CLOCK = measure.RecordedClock()
 ONCE_SECONDS = 10.0
@@ -107,7 +107,7 @@ class Group:
 def results(
     chain: Chain, direction: str, names: tuple[str, ...], cotangents: tuple[Tensor, ...]
 ) -> dict[str, Tensor]:
-    """What a contender returns, by name: two outputs, and for a backward pass the gradients."""
+    """What a contender returns, by name: outputs, and for a backward pass the gradients."""
     if direction not in WITH_GRADIENTS:
         with torch.no_grad(), chain.context():
             return dict(zip(names, chain.run()))
@@ -159,9 +159,10 @@ def compare(
     Arguments:
         groups: the contenders that can run here.
         absent: why others cannot, by name.
-        direction: forward, backward, forward_backward, training, inverse or inverse_backward.
-        names: of the two outputs.
-        cotangents: of the two outputs.
+        direction: forward, backward, forward_backward, training, inverse, inverse_backward, density
+            or sample.
+        names: of the outputs.
+        cotangents: of the outputs.
         steps: length of the chain, for the tolerance.
         settings: device and effort.
         bytes_moved: for a case that must be timed from memory: what it moves at least. A copy takes

@@ -34,11 +34,12 @@ from tabulate import tabulate
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 SLOWER = "▼"
 ONCE = "†"
-README_CASES = {"planar_flow": 4, "autoregressive": 5, "pcp": 4}  # of the short grid
+README_CASES = {"planar_flow": 4, "autoregressive": 5, "pcp": 4, "convert": 7}  # of the short grid
 README_DIRECTIONS = {
     "planar_flow": ("forward_backward", "inverse"),
     "autoregressive": ("training", "inverse"),
     "pcp": ("forward_backward", "inverse"),
+    "convert": ("density", "sample"),
 }
 LEGEND = (
     "Speed-up: the other's time over that of fastflow's fastest backend, the median of rounds in "
@@ -64,6 +65,10 @@ LEGENDS = {
         "network and differentiate its potential by autograd: D vjps, one for each row of the "
         "Hessian; torch.func, its jacfwd of grad under vmap. Their inverse is a fixed number of "
         "undamped Newton steps."
+    ),
+    "convert": (
+        "convert. Flows of T layers of the library that the case names, after fastflow.convert and "
+        "before, with the same weights. Samples: from noise, without gradients."
     ),
 }
 COPY_LEGEND = (

@@ -28,6 +28,8 @@ DIRECTIONS = {
     "training": "training step",
     "inverse": "inverse",
     "inverse_backward": "inverse + backward",
+    "density": "log_prob + backward",
+    "sample": "samples",
 }
 SWEEP_OPS = ("autoregressive_inverse_by_D",)
 """Whose cases differ in D alone: a curve."""
