@@ -76,7 +76,8 @@ class MaskedNetwork(MaskedLayer):
             return None
         weights, terms = tensors(layers, "weight"), None
         if context is not None:
-            of_context, weights[0] = weights[0].split(self.sizes(), 1)
+            of_context, own = weights[0].split(self.sizes(), 1)
+            weights[0] = own.contiguous()  # as the node wants it, see fastflow.autograd.node
             terms = [context @ of_context.mT, *[None] * (len(weights) - 1)]
         return {
             "weights": weights,
@@ -90,6 +91,11 @@ class MaskedNetwork(MaskedLayer):
     def layers(self) -> list[MaskedLinear]:
         """The masked layers, first to last."""
         return list(self.hyper.layers)
+
+    def made_of(self) -> list[Tensor]:
+        """All parameters."""
+        layers = self.layers()
+        return tensors(layers, "weight") + tensors(layers, "bias")
 
     def sizes(self) -> tuple[int, int]:
         """C and D."""
@@ -159,10 +165,6 @@ class AffineAutoregressive(
         names = ("log_scale_min_clip", "log_scale_max_clip", "sigmoid_bias", "stable")
         return {name: getattr(self, name) for name in names}
 
-    def made_of(self) -> list[Tensor]:
-        layers = self.layers()
-        return tensors(layers, "weight") + tensors(layers, "bias")
-
 
 class Conditional(ConditionalTransformModule):
     """A converted layer that makes a transform of a context.
@@ -175,7 +177,7 @@ class Conditional(ConditionalTransformModule):
     def condition(self, context: Tensor) -> Conditioned:
         transform = super().condition(context)
         transform.__class__ = self.conditioned
-        transform.layer, transform.context = partial(_same, self), context
+        transform.__dict__.update(layer=partial(_same, self), context=context)
         transform.forget()
         return transform
 
@@ -189,7 +191,7 @@ class Conditioned(Remembering):
     """
 
     def made_of(self) -> list[Tensor]:
-        return [*self.layer().parameters(), self.context]
+        return [*self.layer().made_of(), self.context]
 
 
 class ConditionedAffineAutoregressive(AffineStep, Conditioned, transforms.AffineAutoregressive):
@@ -253,6 +255,10 @@ class ConditionalPlanar(Conditional, Converted, transforms.ConditionalPlanar):
     """Converts `pyro.distributions.transforms.ConditionalPlanar`, whatever its network is."""
 
     conditioned = ConditionedPlanar
+
+    def made_of(self) -> list[Tensor]:
+        """All parameters."""
+        return list(self.parameters())
 
     def prepare(self) -> None:
         if not isinstance(self.nn, nn.Module):

@@ -118,7 +118,8 @@ class MaskedAutoregressiveTransform(MaskedLayer, flows.MaskedAutoregressiveTrans
             return None
         weights, terms = tensors(layers, "weight"), None
         if c is not None:
-            weights[0], of_context = weights[0].split(self.sizes(), 1)
+            own, of_context = weights[0].split(self.sizes(), 1)
+            weights[0] = own.contiguous()  # as the node wants it, see fastflow.autograd.node
             terms = [c @ of_context.mT, *[None] * (len(weights) - 1)]
         return {
             "weights": weights,
