@@ -1,92 +1,131 @@
-"""The pictures of a run. Nothing here touches a display or pyplot's global state."""
+"""Pictures of runs: learning curves, reconstructions, samples and the latent manifold."""
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
+from matplotlib import rcParams
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fastflow.vae.files import write_bytes
+from fastflow.vae.figures import new_figure, save_figure, show_image
 from fastflow.vae.models import VAE
-from fastflow.vae.posteriors import FlowPosterior
 
-PRIOR, BASE, POSTERIOR = "0.65", "tab:blue", "tab:orange"
-MASSES = (0.9, 0.6, 0.3)  # of the regions that the contours enclose
-GRID = 161  # points per side on which densities are evaluated
+TRAIN, TEST = "tab:blue", "tab:orange"
+PRIOR_TITLE = "Expected images of draws of the prior"
 
 
 def draw_loss(path: Path, history: Sequence[Mapping[str, float]]) -> None:
     """Draws -ELBO and its two terms over the epochs."""
-    figure = _figure(12, 4)
+    figure = new_figure(12, 4)
     left, middle, right = figure.subplots(1, 3)
     epochs = [record["epoch"] for record in history]
     marker = "o" if len(epochs) < 10 else None
-    for key, label, colour in (("train_loss", "train", BASE), ("test_loss", "test", POSTERIOR)):
+    for key, label, colour in (("train_loss", "train", TRAIN), ("test_loss", "test", TEST)):
         values = [record[key] for record in history]
         left.plot(epochs, values, label=label, color=colour, marker=marker)
     left.legend()
     for axes, key in ((middle, "reconstruction"), (right, "kl")):
-        axes.plot(epochs, [record[key] for record in history], color=BASE, marker=marker)
+        axes.plot(epochs, [record[key] for record in history], color=TRAIN, marker=marker)
     titles = ("−ELBO", "Reconstruction, train", "KL, train")
     terms = ("−ELBO", "−log p(x | z)", "KL(q || p)")
     for axes, title, term in zip((left, middle, right), titles, terms, strict=True):
         axes.set(title=title, xlabel="epoch", ylabel=f"{term}  (nats per image)")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         axes.grid(alpha=0.3)
-    _save(figure, path)
+    save_figure(figure, path)
+
+
+def draw_learning_curves(
+    path: Path, curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]
+) -> None:
+    """Draws -ELBO on the test images over the epochs: a colour for every label, a thin line for
+    every history of it, and a thick one for their mean as far as all of them go."""
+    figure = new_figure(7.5, 5)
+    axes = figure.subplots()
+    colours = rcParams["axes.prop_cycle"].by_key()["color"]
+    everything = []
+    for number, (label, histories) in enumerate(curves.items()):
+        colour = colours[number % len(colours)]
+        several = [[record["test_loss"] for record in history] for history in histories]
+        everything += [value for values in several for value in values]
+        if len(several) > 1:
+            for values in several:
+                axes.plot(range(1, len(values) + 1), values, color=colour, lw=0.6, alpha=0.6)
+            label = f"{label} (mean of {len(several)} runs)"
+        mean = [sum(values) / len(values) for values in zip(*several)]
+        marker = "o" if len(mean) < 10 else None
+        axes.plot(range(1, len(mean) + 1), mean, color=colour, marker=marker, label=label)
+    if everything:  # the first epochs are far above: leave them out where they hide the rest
+        ordered = sorted(everything)
+        low, high = ordered[0], ordered[int(0.95 * (len(ordered) - 1))]
+        axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
+    axes.set(title="−ELBO of the test images", xlabel="epoch", ylabel="−ELBO  (nats per image)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save_figure(figure, path)
 
 
 @torch.no_grad()
 def draw_reconstructions(
     path: Path,
-    model: VAE,
+    models: Mapping[str, VAE],
     images: Tensor,
     shape: tuple[int, int],
-    generator: torch.Generator,
+    generators: Sequence[torch.Generator],
     count: int = 10,
 ) -> None:
-    """Draws the first images (N, pixels) above what the decoder makes of draws of q(z | x)."""
+    """Draws the first images (N, pixels) above what the decoders make of draws of q(z | x), with a
+    row for every model, by label, and a generator of the noise for each."""
     x = images[:count]
-    noise = torch.randn(
-        len(x), model.posterior.latent, generator=generator, device=generator.device
-    )
-    rows = {"image": x, "reconstruction": model.generate(model.infer(x, noise).z)}
-    figure = _figure(1.1 * len(x) + 1.2, 2.8)
+    rows = {"image": x}
+    for (label, model), generator in zip(models.items(), generators, strict=True):
+        noise = torch.randn(
+            len(x), model.posterior.latent, generator=generator, device=generator.device
+        )
+        rows[label] = model.generate(model.infer(x, noise).z)
+    figure = new_figure(1.1 * len(x) + 1.2, 1.2 * len(rows) + 0.4)
     grid = figure.subplots(len(rows), len(x), squeeze=False)
     for axes_row, (label, pictures) in zip(grid, rows.items(), strict=True):
         for axes, picture in zip(axes_row, pictures, strict=True):
-            _show(axes, picture, shape)
+            show_image(axes, picture, shape)
         axes_row[0].set_ylabel(label)
     figure.suptitle("Test images and their reconstructions")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_samples(
     path: Path,
-    pictures: Tensor,
+    mosaics: Mapping[str, Tensor],
     shape: tuple[int, int],
-    title: str = "Expected images of draws of the prior",
     labels: tuple[str, str] = ("", ""),
 ) -> None:
-    """Draws n x n expected images (n^2, pixels) as one square mosaic."""
-    side = math.isqrt(len(pictures))
-    framed = pad(pictures.reshape(side, side, *shape), (1, 1, 1, 1))  # a gap between the images
-    mosaic = framed.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
-    figure = _figure(6, 6.4)
-    axes = figure.subplots()
-    _show(axes, mosaic, tuple(mosaic.shape))
-    axes.set(title=title, xlabel=labels[0], ylabel=labels[1])
-    _save(figure, path)
+    """Draws n x n expected images (n^2, pixels) as square mosaics side by side, by their titles."""
+    columns = min(len(mosaics), 3)
+    rows = -(-len(mosaics) // columns)
+    figure = new_figure(6 * columns, 6.4 * rows)
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes, (title, pictures) in zip(panels, mosaics.items()):
+        side = math.isqrt(len(pictures))
+        framed = pad(pictures.reshape(side, side, *shape), (1, 1, 1, 1))  # a gap between the images
+        mosaic = framed.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
+        show_image(axes, mosaic, tuple(mosaic.shape))
+        axes.set(title=title, xlabel=labels[0], ylabel=labels[1])
+    for axes in panels[len(mosaics) :]:
+        axes.set_axis_off()
+    save_figure(figure, path)
+
+
+def draw_manifold(path: Path, model: VAE, shape: tuple[int, int], side: int = 20) -> None:
+    """Draws the expected images over 2-D latents."""
+    device = next(model.parameters()).device
+    title = "Expected images over the latents (quantiles of the prior)"
+    draw_samples(path, {title: manifold_images(model, side, device)}, shape, ("$z_1$", "$z_2$"))
 
 
 @torch.no_grad()
@@ -104,106 +143,3 @@ def manifold_images(model: VAE, side: int, device: torch.device) -> Tensor:
     steps = torch.special.ndtri(quantiles)
     vertical, horizontal = torch.meshgrid(steps.flip(0), steps, indexing="ij")
     return model.generate(torch.stack([horizontal, vertical], -1).reshape(-1, 2))
-
-
-@torch.no_grad()
-def draw_posterior(
-    path: Path,
-    model: VAE,
-    images: Tensor,
-    shape: tuple[int, int],
-    generator: torch.Generator,
-    count: int = 4,
-) -> None:
-    """Draws the 2-D prior and posterior of a few test images, with the normal that the posterior's
-    flow starts from, if it has one. The images have one pair of axes in common."""
-    x = images[:count]
-    posterior = model.posterior
-    has_flow = isinstance(posterior, FlowPosterior)
-    figure = _figure(3.2 * len(x) + 0.4, 5.2)
-    thumbnails, panels = figure.subplots(
-        2, len(x), sharex="row", sharey="row", squeeze=False, height_ratios=(1, 3)
-    )
-    h = model.encoder(x)
-    noise = torch.randn(1000, len(x), 2, generator=generator, device=generator.device)
-    drawn = posterior(h, noise).z
-    if has_flow:
-        drawn = torch.cat([drawn, posterior.base_draw(h, noise)])
-    everything = _square_around(drawn.reshape(-1, 2))
-    for column, axes in enumerate(panels):
-        _show(thumbnails[column], x[column], shape)
-        h_x = h[column : column + 1]
-        points = _square_around(drawn[:, column])  # its own: a narrow density needs a fine grid
-        _contour_prior(axes, everything)
-        _contour(axes, points, posterior.log_prob(points, h_x), POSTERIOR, filled=True)
-        if has_flow:
-            _contour(axes, points, posterior.base_log_prob(points, h_x), BASE, filled=False)
-        axes.set(xlabel="$z_1$", ylabel="$z_2$" if column == 0 else None, aspect="equal")
-    low, high = everything.amin((0, 1)).tolist(), everything.amax((0, 1)).tolist()
-    panels[0].set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
-    masses = ", ".join(f"{100 * mass:.0f}" for mass in MASSES)
-    legend = [Line2D([], [], color=PRIOR, lw=0.8, label="prior N(0, I), at the |z| written on it")]
-    if has_flow:
-        legend.append(Line2D([], [], color=BASE, ls="--", label="normal before the flow"))
-        name = "posterior after the flow"
-    else:
-        name = "Gaussian posterior"
-    legend.append(Line2D([], [], color=POSTERIOR, lw=2, label=f"{name} ({masses} % of its mass)"))
-    figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), frameon=False)
-    figure.suptitle("Posterior over the latents of single test images")
-    _save(figure, path)
-
-
-def _square_around(draws: Tensor) -> Tensor:
-    """A square grid (GRID^2, 1, 2) that holds the draws (N, 2) with a margin."""
-    low, high = draws.amin(0), draws.amax(0)
-    centre, half = (low + high) / 2, 0.6 * (high - low).max()
-    steps = torch.linspace(-1, 1, GRID, device=draws.device) * half
-    vertical, horizontal = torch.meshgrid(centre[1] + steps, centre[0] + steps, indexing="ij")
-    return torch.stack([horizontal, vertical], -1).reshape(-1, 1, 2)
-
-
-def _contour(axes: Axes, points: Tensor, log_prob: Tensor, colour: str, filled: bool) -> None:
-    """Draws the smallest regions that hold the given parts of the mass on the grid."""
-    z_1, z_2 = _on_grid(points[..., 0]), _on_grid(points[..., 1])
-    density = torch.exp(log_prob - log_prob.max())
-    ordered = density.flatten().sort(descending=True).values.double()
-    enclosed = ordered.cumsum(0) / ordered.sum()
-    levels = [ordered[int((enclosed < mass).sum())].item() for mass in MASSES]
-    if filled:
-        for level, alpha in zip(levels, (0.15, 0.2, 0.3), strict=True):
-            axes.contourf(z_1, z_2, _on_grid(density), [level, 2], colors=[colour], alpha=alpha)
-    style = "solid" if filled else "dashed"
-    axes.contour(z_1, z_2, _on_grid(density), levels, colors=[colour], linestyles=style)
-
-
-def _contour_prior(axes: Axes, points: Tensor) -> None:
-    """Draws circles of the prior, labelled by their radius."""
-    radius = points.norm(dim=-1)
-    levels = MaxNLocator(6).tick_values(radius.min().item(), radius.max().item())
-    z_1, z_2 = _on_grid(points[..., 0]), _on_grid(points[..., 1])
-    circles = axes.contour(
-        z_1, z_2, _on_grid(radius), [r for r in levels if r > 0], colors=[PRIOR], linewidths=0.8
-    )
-    axes.clabel(circles, fmt="%g", fontsize=7, inline_spacing=2)
-
-
-def _on_grid(values: Tensor) -> list[list[float]]:
-    return values.reshape(GRID, GRID).tolist()
-
-
-def _show(axes: Axes, picture: Tensor, shape: tuple[int, int]) -> None:
-    axes.imshow(picture.reshape(shape).tolist(), cmap="gray_r", vmin=0, vmax=1)
-    axes.set(xticks=[], yticks=[])
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained", dpi=120)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: Figure, path: Path) -> None:
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    write_bytes(path, content.getvalue())

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastflow.vae import plots
 from fastflow.vae.checkpoint import (
     RECORD,
     State,
@@ -27,10 +27,11 @@ from fastflow.vae.checkpoint import (
 from fastflow.vae.config import Config, flag
 from fastflow.vae.data import ImageData
 from fastflow.vae.errors import VaeError
-from fastflow.vae.evaluation import evaluate, mean_negative_elbo
+from fastflow.vae.evaluation import evaluate_run, mean_negative_elbo
 from fastflow.vae.files import remove_leftovers, write_csv, write_json
 from fastflow.vae.models import VAE, build
 from fastflow.vae.objectives import negative_elbo, training_loss
+from fastflow.vae.pictures import RUN_PICTURES, draw_run
 from fastflow.vae.schedules import kl_weight, learning_rate
 from fastflow.vae.seeding import generator_for
 from fastflow.vae.splits import Splits, split
@@ -41,11 +42,9 @@ FILES = (
     "config.json",
     "metrics.json",
     "metrics.csv",
+    "timing.json",
     "model.safetensors",
-    "loss.png",
-    "reconstructions.png",
-    "samples.png",
-    "posterior.png",
+    *RUN_PICTURES,
 )
 
 
@@ -69,6 +68,7 @@ class Run:
     model: VAE
     best: VAE
     optimizer: torch.optim.Adam
+    step_seconds: list[float] = field(default_factory=list)  # of the epochs of this process
 
     @classmethod
     def start(cls, folder: Path, config: Config, data: ImageData, device: torch.device) -> Run:
@@ -114,18 +114,19 @@ class Run:
         optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
         return cls(folder, config, data.to(device), device, [], model, best, optimizer)
 
-    def train(self, report: Callable[[str], None]) -> None:
+    def train(self, report: Callable[[str], None], bars: bool = True) -> None:
         """Trains the epochs that are missing, one checkpoint after each; early stopping ends it.
 
         Arguments:
             report: gets one line per epoch.
+            bars: whether a terminal sees how far an epoch is.
 
         Raises:
             VaeError: the loss is no longer finite; the last checkpoint stays.
             OSError: the folder cannot be written.
         """
         while (epoch := len(self.history) + 1) <= self.config.epochs and not self.is_stopped:
-            self.history.append(self._train_epoch(epoch, report))
+            self.history.append(self._train_epoch(epoch, report, bars))
             if self.config.validation and best_epoch(self.history) == epoch:
                 self.best.load_state_dict(self.model.state_dict())
             self.save()
@@ -153,52 +154,35 @@ class Run:
         machine = {"device": str(self.device), "threads": torch.get_num_threads()}
         write_json(self.folder / "config.json", asdict(self.config) | machine)
         write_csv(self.folder / "metrics.csv", record_of(self.config), self.history)
+        if self.step_seconds:  # else those of the process before stay
+            timing = {"seconds_per_step": median(self.step_seconds)}
+            write_json(self.folder / "timing.json", timing)
         self._write_metrics({})
 
-    def finish(self) -> dict[str, float]:
+    def finish(self) -> dict[str, float | None]:
         """Evaluates on the test images and draws the pictures.
 
         Returns:
-            What `fastflow.vae.evaluation.evaluate` returns, with the number of samples and the
-            epoch after which the model was what is evaluated here.
+            What `fastflow.vae.evaluation.evaluate_run` returns, with the epoch after which the
+            model was what is evaluated here.
         """
-        images = self.data.test
-        samples = self.config.importance_samples
-        test = evaluate(self.best, images, self._generator("evaluation"), samples)
-        test["importance_samples"] = samples
+        test = evaluate_run(self.best, self.config, self.data.test)
         test["epoch"] = best_epoch(self.history)
-        plots.draw_loss(self.folder / "loss.png", self.history)
-        plots.draw_reconstructions(
-            self.folder / "reconstructions.png",
-            self.best,
-            images,
-            self.data.shape,
-            self._generator("reconstructions"),
-        )
-        plots.draw_samples(
-            self.folder / "samples.png",
-            plots.sample_images(self.best, 8, self._generator("samples")),
-            self.data.shape,
-        )
-        if self.config.latent == 2:
-            plots.draw_posterior(
-                self.folder / "posterior.png",
-                self.best,
-                images,
-                self.data.shape,
-                self._generator("posterior"),
-            )
+        draw_run(self.folder, self.best, self.config, self.history, self.data.test, self.data.shape)
         self._write_metrics(test)
         return test
 
-    def _train_epoch(self, epoch: int, report: Callable[[str], None]) -> dict[str, float]:
+    def _train_epoch(
+        self, epoch: int, report: Callable[[str], None], bars: bool
+    ) -> dict[str, float]:
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         images, weight = len(self.data.train), kl_weight(self.config, epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, epoch)
         started = perf_counter()
         # On a terminal only: in a log file the line per epoch is enough.
-        with tqdm(total=images, unit="image", leave=False, disable=None) as bar:
+        disable = None if bars else True
+        with tqdm(total=images, unit="image", leave=False, disable=disable) as bar:
             bar.set_description(f"epoch {epoch}/{self.config.epochs}")
             for x, noise in self._batches(epoch):
                 terms = negative_elbo(self.model, x, noise)
@@ -210,7 +194,8 @@ class Run:
                 if bar.update(len(x)):  # true when the bar was redrawn: no reading back otherwise
                     bar.set_postfix(loss=f"{totals.sum().item() / bar.n:.2f}", refresh=False)
         reconstruction, kl = (totals / images).tolist()
-        rate = images / (perf_counter() - started)
+        seconds = perf_counter() - started
+        self.step_seconds.append(seconds / -(-images // self.config.batch_size))
         test = mean_negative_elbo(self.model, self.data.test, self._generator("test", epoch))
         loss = reconstruction + kl
         record = dict(zip(RECORD, (epoch, loss, -loss, reconstruction, kl, test), strict=True))
@@ -226,7 +211,7 @@ class Run:
                 f"epoch {epoch}: the loss is not finite, a smaller learning rate than "
                 f"{self.config.lr:g} may help"
             )
-        report(f"{line}  {rate:,.0f} images/s")
+        report(f"{line}  {images / seconds:,.0f} images/s")
         return record
 
     def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -247,7 +232,7 @@ class Run:
     def _generator(self, *key: str | int) -> torch.Generator:
         return generator_for(self.device, self.config.seed, *key)
 
-    def _write_metrics(self, test: dict[str, float]) -> None:
+    def _write_metrics(self, test: dict[str, float | None]) -> None:
         write_json(self.folder / "metrics.json", {"epochs": self.history, "test": test})
 
 

@@ -1,0 +1,141 @@
+"""What each command does, from its options to what it prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from fastflow.vae.arguments import given_settings
+from fastflow.vae.config import Config, refuse_without_effect
+from fastflow.vae.data import load
+from fastflow.vae.errors import VaeError
+from fastflow.vae.seeding import generator_for
+from fastflow.vae.splits import split
+
+# The optional packages are imported where they are needed, so that --help and usage errors do
+# without.
+
+
+def train(options: argparse.Namespace) -> None:
+    """Trains one model into its run folder."""
+    from fastflow.vae.training import Run, find_state, require_no_run
+
+    settings, device = given_settings(options), _device(options.device)
+    config = Config(**settings)
+    folder = options.out or Path("runs", f"{config.posterior}-{config.data}")
+    state = None
+    if options.resume:
+        state = find_state(folder, settings)
+    else:
+        require_no_run(folder)
+    if state:
+        config = state.config
+    refuse_without_effect(config, settings)
+    data = load(config.data, _data_root(options, config.data))
+    if state:
+        run = Run.resume(folder, state, data, device)
+    else:
+        run = Run.start(folder, config, data, device)
+    run.train(_say)
+    test = run.finish()
+    _say(
+        f"test: -ELBO {test['negative_elbo']:.3f}, -log p(x) "
+        f"{test['negative_log_likelihood']:.3f} nats per image "
+        f"({test['importance_samples']} samples); see {folder}"
+    )
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Trains all runs of a comparison that are not finished, and tables them."""
+    from fastflow.vae.compare import Comparison
+    from fastflow.vae.redraw import draw_runs
+    from fastflow.vae.summary import summarise, write_summary
+
+    device = _device(options.device)
+    comparison = Comparison.open(
+        options.out, options.posteriors, options.seeds, given_settings(options), options.resume
+    )
+    data_root = _data_root(options, comparison.data)
+    comparison.train(data_root, device, options.jobs, _say)
+    _say(write_summary(options.out, summarise(comparison.groups())))
+    draw_runs(options.out, comparison.groups(), data_root, device)
+    _say(f"see {options.out}")
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Evaluates a checkpoint on test images and prints JSON."""
+    from fastflow.vae.checkpoint import load_model
+    from fastflow.vae.evaluation import evaluate_run
+    from fastflow.vae.files import write_json
+
+    device = _device(options.device)
+    model, config, shape = load_model(options.checkpoint, device)
+    settings = given_settings(options)
+    if options.samples is not None:
+        settings["importance_samples"] = options.samples
+    config = replace(config, **settings)
+    data = load(config.data, _data_root(options, config.data))
+    if data.shape != shape:
+        raise VaeError(
+            f"images of {config.data} are {data.shape}, {options.checkpoint} has {shape}"
+        )
+    test = evaluate_run(model, config, split(data, config).test.to(device))
+    if options.out is not None:
+        write_json(options.out, test)
+    _say(json.dumps(test, indent=2))
+
+
+def sample(options: argparse.Namespace) -> None:
+    """Draws images of a checkpoint."""
+    from fastflow.vae.checkpoint import load_model
+    from fastflow.vae.plots import PRIOR_TITLE, draw_manifold, draw_samples, sample_images
+
+    device = _device(options.device)
+    model, config, shape = load_model(options.checkpoint, device)
+    if options.manifold:
+        if config.latent != 2:
+            raise VaeError(f"--manifold needs 2 latents, {options.checkpoint} has {config.latent}")
+        draw_manifold(options.out, model, shape, options.grid)
+    else:
+        drawn = sample_images(model, options.grid, generator_for(device, options.seed, "samples"))
+        draw_samples(options.out, {PRIOR_TITLE: drawn}, shape)
+    _say(str(options.out))
+
+
+def plot(options: argparse.Namespace) -> None:
+    """Draws the pictures of runs again."""
+    from fastflow.vae.redraw import draw_runs, redraw_run
+
+    device = _device(options.device)
+    for folder in options.runs:
+        redraw_run(folder, options.data_root, device)
+        _say(str(folder))
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        groups = {str(folder): [folder] for folder in options.runs}
+        draw_runs(options.out, groups, options.data_root, device)
+        _say(str(options.out))
+
+
+def _data_root(options: argparse.Namespace, data: str) -> Path | None:
+    if data == "digits" and options.data_root is not None:
+        raise VaeError("--data-root has no effect with --data digits, which needs no files")
+    return options.data_root
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise VaeError("--device cuda: PyTorch finds no CUDA device")
+    return torch.device(name)
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
