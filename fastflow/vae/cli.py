@@ -41,5 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         return complain(f"error: {error}; pip install 'fastflow[vae]'", 2)
     except KeyboardInterrupt:
-        return complain("interrupted; train --resume continues a run", 130)
+        can_resume = hasattr(options, "resume")
+        way_on = f"; {options.command} --resume continues a run" if can_resume else ""
+        return complain(f"interrupted{way_on}", 130)
     return 0

@@ -92,7 +92,8 @@ def _perform(task: Task, say: Callable[[Progress], None], bars: bool) -> None:
             run = Run.resume(task.folder, state, data, task.device)
             done = len(run.history)
             say(Progress(f"continues after epoch {done}", dropped=done))
-        run.train(lambda line: say(Progress(line, trained=1)), bars)
+        # the last line of a run that stops early is that of no epoch
+        run.train(lambda line: say(Progress(line, trained=int(not run.is_stopped))), bars)
         test = run.finish()
     except VaeError as error:
         say(Progress(str(error), failed=True))
