@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from fastflow.vae.config import Config, choices
+from fastflow.vae.registry import FLOW_SETTINGS
 
 PROGRAM = "python -m fastflow.vae"
 SETTINGS = {  # the fields of Config: type and help; `amortised` has flags of its own
@@ -40,6 +41,7 @@ SETTINGS = {  # the fields of Config: type and help; `amortised` has flags of it
     "seed": (int, "of everything random"),
     "importance_samples": (int, "draws per test image for -log p(x)"),
 }
+FEW_SETTINGS = ("network", "hidden", "likelihood", "variance", "binarise", "lr", "seed")
 
 
 def complain(message: str, code: int) -> int:
@@ -61,7 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
-    for add in (_add_train, _add_compare, _add_evaluate, _add_sample, _add_plot):
+    for add in (_add_train, _add_compare, _add_evaluate, _add_sample, _add_plot, _add_true):
         command = add(commands)
         command.add_argument(
             "--device", choices=("cpu", "cuda", "auto"), default="auto", help="default: auto"
@@ -114,13 +116,7 @@ def _add_compare(commands: argparse._SubParsersAction) -> argparse.ArgumentParse
         help="keep the finished runs in DIR and continue the others; what is not given is as "
         "before, more posteriors and seeds may be",
     )
-    compare.add_argument(
-        "--posteriors",
-        nargs="+",
-        choices=choices("posterior"),
-        metavar="NAME",
-        help=f"some of {', '.join(choices('posterior'))}; default: all",
-    )
+    _add_posteriors(compare)
     compare.add_argument(
         "--seeds", nargs="+", type=int, metavar="N", help="one run for each; default: 0"
     )
@@ -192,6 +188,43 @@ def _add_plot(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )
     _add_data_root(plot)
     return plot
+
+
+def _add_true(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    true = _command(
+        commands,
+        "true-posterior",
+        "contours of posteriors beside the true one",
+        "Fits posteriors to a few images under one fixed decoder of 2 latents, and writes contours "
+        "of all beside the true posterior, which quadrature gives, and their KL from it.",
+    )
+    true.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the files")
+    true.add_argument(
+        "--decoder",
+        type=Path,
+        metavar="FILE",
+        help="a model.safetensors, whose decoder is used on test images; if not given, a model is "
+        "trained on the first training images alone",
+    )
+    _add_posteriors(true)
+    true.add_argument("--images", type=_count, default=4, metavar="N", help="default: 4")
+    true.add_argument(
+        "--iterations", type=_count, default=2000, metavar="N", help="of every fit; default: 2000"
+    )
+    _add_data_root(true)
+    _add_settings(true, ["data", *FEW_SETTINGS, *FLOW_SETTINGS])
+    return true
+
+
+def _add_posteriors(parser: argparse.ArgumentParser) -> None:
+    names = choices("posterior")
+    parser.add_argument(
+        "--posteriors",
+        nargs="+",
+        choices=names,
+        metavar="NAME",
+        help=f"some of {', '.join(names)}; default: all",
+    )
 
 
 def _command(

@@ -1,4 +1,4 @@
-"""The command line: `python -m fastflow.vae train | compare | evaluate | sample | plot`.
+"""The command line of `python -m fastflow.vae`, with a command for every verb.
 
 Exit code 0; 2 for a usage or data error, with one line on stderr; 130 when interrupted.
 """
@@ -11,6 +11,7 @@ import torch
 
 from fastflow.vae import commands
 from fastflow.vae.arguments import complain, make_parser
+from fastflow.vae.distributed import team_size
 from fastflow.vae.errors import VaeError
 
 COMMANDS = {
@@ -19,6 +20,7 @@ COMMANDS = {
     "evaluate": commands.evaluate,
     "sample": commands.sample,
     "plot": commands.plot,
+    "true-posterior": commands.true_posterior,
 }
 
 
@@ -35,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.threads is not None:
             torch.set_num_threads(options.threads)
+        if team_size() > 1 and options.command != "train":
+            raise VaeError(f"{options.command}: torchrun is for train alone")
         COMMANDS[options.command](options)
     except (VaeError, OSError) as error:
         return complain(f"error: {error}", 2)

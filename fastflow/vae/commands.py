@@ -7,15 +7,21 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from fastflow.vae.arguments import given_settings
-from fastflow.vae.config import Config, refuse_without_effect
+from fastflow.vae.config import Config, choices, flag, refuse_without_effect
 from fastflow.vae.data import load
+from fastflow.vae.distributed import Team, local_device
 from fastflow.vae.errors import VaeError
+from fastflow.vae.registry import FLOW_SETTINGS
 from fastflow.vae.seeding import generator_for
 from fastflow.vae.splits import split
+
+if TYPE_CHECKING:
+    from fastflow.vae.checkpoint import State
 
 # The optional packages are imported where they are needed, so that --help and usage errors do
 # without.
@@ -25,29 +31,35 @@ def train(options: argparse.Namespace) -> None:
     """Trains one model into its run folder."""
     from fastflow.vae.training import Run, find_state, require_no_run
 
-    settings, device = given_settings(options), _device(options.device)
+    settings, device = given_settings(options), local_device(_device(options.device))
     config = Config(**settings)
     folder = options.out or Path("runs", f"{config.posterior}-{config.data}")
-    state = None
-    if options.resume:
-        state = find_state(folder, settings)
-    else:
+    team = Team.join(device)
+
+    def before() -> State | None:
+        if options.resume:
+            return find_state(folder, settings)
         require_no_run(folder)
+        return None
+
+    state = team.of_first(before)
     if state:
         config = state.config
     refuse_without_effect(config, settings)
     data = load(config.data, _data_root(options, config.data))
     if state:
-        run = Run.resume(folder, state, data, device)
+        run = Run.resume(folder, state, data, device, team)
     else:
-        run = Run.start(folder, config, data, device)
-    run.train(_say)
-    test = run.finish()
-    _say(
-        f"test: -ELBO {test['negative_elbo']:.3f}, -log p(x) "
-        f"{test['negative_log_likelihood']:.3f} nats per image "
-        f"({test['importance_samples']} samples); see {folder}"
-    )
+        run = Run.start(folder, config, data, device, team)
+    run.train(_say if team.is_first else _be_silent)
+    if team.is_first:
+        test = run.finish()
+        _say(
+            f"test: -ELBO {test['negative_elbo']:.3f}, -log p(x) "
+            f"{test['negative_log_likelihood']:.3f} nats per image "
+            f"({test['importance_samples']} samples); see {folder}"
+        )
+    team.leave()
 
 
 def compare(options: argparse.Namespace) -> None:
@@ -122,6 +134,29 @@ def plot(options: argparse.Namespace) -> None:
         _say(str(options.out))
 
 
+def true_posterior(options: argparse.Namespace) -> None:
+    """Fits posteriors to a few images and draws them beside the true posterior."""
+    from fastflow.vae.compare import refuse_for_all
+    from fastflow.vae.four_images import Experiment, perform
+
+    device, settings = _device(options.device), given_settings(options)
+    posteriors = options.posteriors or choices("posterior")
+    refuse_for_all(posteriors, settings)
+    if options.decoder is None:
+        root = _data_root(options, settings.get("data", Config.data))
+        experiment = Experiment.of_few(settings, options.images, options.iterations, root, device)
+    else:
+        for name in settings:
+            if name not in FLOW_SETTINGS:
+                raise VaeError(f"{flag(name, settings[name])} has no effect with --decoder")
+        experiment = Experiment.of_checkpoint(
+            options.decoder, options.images, options.data_root, device
+        )
+    options.out.mkdir(parents=True, exist_ok=True)
+    perform(options.out, experiment, posteriors, settings, options.iterations, _say)
+    _say(f"see {options.out}")
+
+
 def _data_root(options: argparse.Namespace, data: str) -> Path | None:
     if data == "digits" and options.data_root is not None:
         raise VaeError("--data-root has no effect with --data digits, which needs no files")
@@ -134,6 +169,10 @@ def _device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise VaeError("--device cuda: PyTorch finds no CUDA device")
     return torch.device(name)
+
+
+def _be_silent(line: str) -> None:
+    pass
 
 
 def _say(line: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -74,8 +74,7 @@ class Comparison:
             _unique("seeds", seeds or before.get("seeds") or (0,)),
             before.get("settings", {}) | settings,
         )
-        for name, value in settings.items():
-            _refuse_for_all(comparison.posteriors, comparison.settings, name, value)
+        refuse_for_all(comparison.posteriors, comparison.settings)
         for run, run_settings in comparison.runs().items():
             Config(**run_settings)
             if resume:
@@ -164,13 +163,16 @@ def _has_effect(config: Config, name: str, value: object) -> bool:
     return True
 
 
-def _refuse_for_all(
-    posteriors: Sequence[str], settings: dict[str, Any], name: str, value: object
-) -> None:
-    """Refuses a setting that concerns none of the posteriors."""
+def refuse_for_all(posteriors: Sequence[str], settings: Mapping[str, Any]) -> None:
+    """Refuses settings that concern none of the posteriors.
+
+    Raises:
+        VaeError: one of them does, or a value is wrong.
+    """
     configs = [Config(**settings | {"posterior": posterior}) for posterior in posteriors]
-    if not any(_has_effect(config, name, value) for config in configs):
-        refuse_without_effect(configs[0], {name: value})
+    for name, value in settings.items():
+        if not any(_has_effect(config, name, value) for config in configs):
+            refuse_without_effect(configs[0], {name: value})
 
 
 def _unique(name: str, values: Sequence[Any]) -> tuple[Any, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,10 +15,13 @@ from torch import Tensor
 from fastflow.vae.figures import new_figure, save_figure, show_image
 from fastflow.vae.models import VAE
 from fastflow.vae.posteriors import FlowPosterior
+from fastflow.vae.true_posterior import GridDensity
 
 PRIOR, BASE, POSTERIOR = "0.65", "tab:blue", "tab:orange"
 MASSES = (0.9, 0.6, 0.3)  # of the regions that the contours enclose
+TRUE = "tab:blue"
 GRID = 161  # points per side on which densities are evaluated
+SHOWN = 7.0  # nats below the maximum of a true posterior that its panels reach
 
 
 @torch.no_grad()
@@ -76,6 +81,60 @@ def _square_around(draws: Tensor) -> Tensor:
     return torch.stack([horizontal, vertical], -1).reshape(-1, 1, 2)
 
 
+@torch.no_grad()
+def draw_true_posterior(
+    path: Path,
+    true: Sequence[GridDensity],
+    models: Mapping[str, VAE],
+    divergences: Mapping[str, Sequence[tuple[float, float | None]]],
+    images: Tensor,
+    shape: tuple[int, int],
+) -> None:
+    """Draws the true posterior of images, and approximations upon it: a row for every image, whose
+    panels have one pair of axes in common.
+
+    Arguments:
+        path: the picture.
+        true: the true posterior of every image.
+        models: whose posteriors are drawn, by their names.
+        divergences: KL(q || p) of every model and image, with its standard error.
+        images: shape (N, pixels).
+        shape: height and width of an image.
+    """
+    columns = ("image", "true posterior", *models)
+    figure = new_figure(2.6 * len(columns) + 0.3, 2.6 * len(images) + 0.9)
+    grid = figure.subplots(len(images), len(columns), squeeze=False)
+    for row, (panels, density) in enumerate(zip(grid, true, strict=True)):
+        x = images[row : row + 1]
+        show_image(panels[0], x[0], shape)
+        logs = {
+            name: m.posterior.log_prob(density.points, m.encoder(x)) for name, m in models.items()
+        }
+        seen = torch.stack([density.log_prob, *logs.values()]).amax(0)
+        inside = density.points[seen > density.log_prob.max() - SHOWN]
+        (left, bottom), (right, top) = inside.amin(0).tolist(), inside.amax(0).tolist()
+        for axes, name in zip(panels[1:], columns[1:], strict=True):
+            _contour_prior(axes, density.points)
+            _contour(axes, density.points, density.log_prob, TRUE, filled=True)
+            if name in logs:
+                _contour(axes, density.points, logs[name], POSTERIOR, filled=False)
+                kl, error = divergences[name][row]
+                figures = f"{kl:.3f}" if error is None else f"{kl:.3f} ± {error:.3f}"
+                axes.set_xlabel(f"KL {figures}")
+            axes.set(xlim=(left, right), ylim=(bottom, top), aspect="equal")
+            axes.tick_params(labelsize=7)
+    for axes, name in zip(grid[0], columns, strict=True):
+        axes.set_title(name)
+    masses = ", ".join(f"{100 * mass:.0f}" for mass in MASSES)
+    legend = [
+        Line2D([], [], color=PRIOR, lw=0.8, label="prior N(0, I), at the |z| written on it"),
+        Line2D([], [], color=TRUE, lw=5, alpha=0.5, label=f"true posterior ({masses} % of mass)"),
+        Line2D([], [], color=POSTERIOR, ls="--", label="approximate posterior (the same)"),
+    ]
+    figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), frameon=False)
+    save_figure(figure, path)
+
+
 def _contour(axes: Axes, points: Tensor, log_prob: Tensor, colour: str, filled: bool) -> None:
     """Draws the smallest regions that hold the given parts of the mass on the grid."""
     z_1, z_2 = _on_grid(points[..., 0]), _on_grid(points[..., 1])
@@ -102,4 +161,5 @@ def _contour_prior(axes: Axes, points: Tensor) -> None:
 
 
 def _on_grid(values: Tensor) -> list[list[float]]:
-    return values.reshape(GRID, GRID).tolist()
+    side = math.isqrt(values.numel())
+    return values.reshape(side, side).tolist()

@@ -158,7 +158,9 @@ def negative_elbo(model: SupportsElbo, x: Tensor, noise: Tensor) -> ElboTerms:
     return ElboTerms(reconstruction + kl, reconstruction, kl.expand_as(reconstruction))
 
 
-def training_loss(terms: ElboTerms, kl_weight: float = 1.0, free_bits: float = 0.0) -> Tensor:
+def training_loss(
+    terms: ElboTerms, kl_weight: float | Tensor = 1.0, free_bits: float = 0.0
+) -> Tensor:
     r"""Computes what training minimises: -ELBO, averaged over a batch, or a softened form of it.
 
     .. math:: \overline{-\log p(x | z)} + \beta \max(\lambda, \overline{KL})

@@ -26,16 +26,18 @@ from fastflow.vae.checkpoint import (
 )
 from fastflow.vae.config import Config, flag
 from fastflow.vae.data import ImageData
+from fastflow.vae.distributed import Team
 from fastflow.vae.errors import VaeError
 from fastflow.vae.evaluation import evaluate_run, mean_negative_elbo
 from fastflow.vae.files import remove_leftovers, write_csv, write_json
 from fastflow.vae.models import VAE, build
-from fastflow.vae.objectives import negative_elbo, training_loss
 from fastflow.vae.pictures import RUN_PICTURES, draw_run
 from fastflow.vae.schedules import kl_weight, learning_rate
 from fastflow.vae.seeding import generator_for
 from fastflow.vae.splits import Splits, split
+from fastflow.vae.steps import TrainingStep, fastest, make_optimizer
 
+ALONE = Team()
 STATE_FILE = "state.safetensors"
 FILES = (
     STATE_FILE,
@@ -68,25 +70,42 @@ class Run:
     model: VAE
     best: VAE
     optimizer: torch.optim.Adam
+    team: Team
     step_seconds: list[float] = field(default_factory=list)  # of the epochs of this process
 
     @classmethod
-    def start(cls, folder: Path, config: Config, data: ImageData, device: torch.device) -> Run:
-        """Starts a run in a folder that holds none.
+    def start(
+        cls,
+        folder: Path,
+        config: Config,
+        data: ImageData,
+        device: torch.device,
+        team: Team = ALONE,
+    ) -> Run:
+        """Starts a run in a folder that holds none. Of a team, the first process writes there.
 
         Raises:
             VaeError: the folder holds a run, or the images cannot be trained on.
             OSError: the folder cannot be written.
         """
-        require_no_run(folder)
-        run = cls._assemble(folder, config, split(data, config), device)
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder, FILES)
+        if team.is_first:
+            require_no_run(folder)
+        run = cls._assemble(folder, config, split(data, config), device, team)
+        if team.is_first:
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(folder, FILES)
         run.save()
         return run
 
     @classmethod
-    def resume(cls, folder: Path, state: State, data: ImageData, device: torch.device) -> Run:
+    def resume(
+        cls,
+        folder: Path,
+        state: State,
+        data: ImageData,
+        device: torch.device,
+        team: Team = ALONE,
+    ) -> Run:
         """Continues the run of a folder from its last state.
 
         Raises:
@@ -96,23 +115,26 @@ class Run:
         splits = split(data, state.config)
         if splits.shape != state.shape:
             raise VaeError(f"images are {data.shape}, those of {folder} are {state.shape}")
-        run = cls._assemble(folder, state.config, splits, device)
+        run = cls._assemble(folder, state.config, splits, device, team)
         run.history += state.history
         restore_model(folder / STATE_FILE, run.model, state.model)
         restore_optimizer(run.model, run.optimizer, state.optimizer)
         if state.best:
             restore_model(folder / STATE_FILE, run.best, state.best)
-        remove_leftovers(folder, FILES)
+        if team.is_first:
+            remove_leftovers(folder, FILES)
         run.save()
         return run
 
     @classmethod
-    def _assemble(cls, folder: Path, config: Config, data: Splits, device: torch.device) -> Run:
+    def _assemble(
+        cls, folder: Path, config: Config, data: Splits, device: torch.device, team: Team
+    ) -> Run:
         """A run before its first epoch."""
         model = build(config, data.shape).to(device)
         best = build(config, data.shape).to(device) if config.validation else model
-        optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
-        return cls(folder, config, data.to(device), device, [], model, best, optimizer)
+        optimizer = make_optimizer(model, config.lr)
+        return cls(folder, config, data.to(device), device, [], model, best, optimizer, team)
 
     def train(self, report: Callable[[str], None], bars: bool = True) -> None:
         """Trains the epochs that are missing, one checkpoint after each; early stopping ends it.
@@ -125,8 +147,10 @@ class Run:
             VaeError: the loss is no longer finite; the last checkpoint stays.
             OSError: the folder cannot be written.
         """
+        step = TrainingStep(self.model, self.optimizer, self.config.free_bits, self.team)
+        move = fastest(step, self.device)
         while (epoch := len(self.history) + 1) <= self.config.epochs and not self.is_stopped:
-            self.history.append(self._train_epoch(epoch, report, bars))
+            self.history.append(self._train_epoch(epoch, step, move, report, bars))
             if self.config.validation and best_epoch(self.history) == epoch:
                 self.best.load_state_dict(self.model.state_dict())
             self.save()
@@ -141,6 +165,8 @@ class Run:
 
     def save(self) -> None:
         """Writes the state, then everything that follows from it."""
+        if not self.team.is_first:
+            return
         state = State(
             self.config,
             self.data.shape,
@@ -173,45 +199,51 @@ class Run:
         return test
 
     def _train_epoch(
-        self, epoch: int, report: Callable[[str], None], bars: bool
+        self,
+        epoch: int,
+        step: TrainingStep,
+        move: Callable[[Tensor, Tensor], None],
+        report: Callable[[str], None],
+        bars: bool,
     ) -> dict[str, float]:
-        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
-        images, weight = len(self.data.train), kl_weight(self.config, epoch)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, epoch)
+        """Trains an epoch by `move`, which makes the step `step` in the fastest way there is."""
+        images = len(self.data.train)
+        step.begin(learning_rate(self.config, epoch), kl_weight(self.config, epoch))
         started = perf_counter()
         # On a terminal only: in a log file the line per epoch is enough.
-        disable = None if bars else True
+        disable = None if bars and self.team.is_first else True
         with tqdm(total=images, unit="image", leave=False, disable=disable) as bar:
             bar.set_description(f"epoch {epoch}/{self.config.epochs}")
             for x, noise in self._batches(epoch):
-                terms = negative_elbo(self.model, x, noise)
-                self.optimizer.zero_grad(set_to_none=True)
-                training_loss(terms, weight, self.config.free_bits).backward()
-                self.optimizer.step()
-                with torch.no_grad():
-                    totals += torch.stack([terms.reconstruction.sum(), terms.kl.sum()])
-                if bar.update(len(x)):  # true when the bar was redrawn: no reading back otherwise
-                    bar.set_postfix(loss=f"{totals.sum().item() / bar.n:.2f}", refresh=False)
-        reconstruction, kl = (totals / images).tolist()
+                move(x, noise)
+                if bar.update(len(x)) and self.device.type == "cpu":  # a GPU would have to wait
+                    bar.set_postfix(loss=f"{step.totals.sum().item() / bar.n:.2f}", refresh=False)
+        reconstruction, kl = (step.totals / images).tolist()
         seconds = perf_counter() - started
         self.step_seconds.append(seconds / -(-images // self.config.batch_size))
-        test = mean_negative_elbo(self.model, self.data.test, self._generator("test", epoch))
-        loss = reconstruction + kl
-        record = dict(zip(RECORD, (epoch, loss, -loss, reconstruction, kl, test), strict=True))
-        line = f"epoch {epoch}/{self.config.epochs}  loss {loss:.3f}  test {test:.3f}"
-        if self.config.validation:
-            # The same noise in every epoch: what differs between them is the model.
-            noise = self._generator("validation")
-            validation = mean_negative_elbo(self.model, self.data.validation, noise)
-            record["validation_loss"] = validation
-            line += f"  validation {validation:.3f}"
+        record = self.team.of_first(lambda: self._record(epoch, reconstruction, kl))
         if not all(map(math.isfinite, record.values())):
             raise VaeError(
                 f"epoch {epoch}: the loss is not finite, a smaller learning rate than "
                 f"{self.config.lr:g} may help"
             )
+        line = f"epoch {epoch}/{self.config.epochs}  loss {record['train_loss']:.3f}"
+        line += f"  test {record['test_loss']:.3f}"
+        if self.config.validation:
+            line += f"  validation {record['validation_loss']:.3f}"
         report(f"{line}  {images / seconds:,.0f} images/s")
+        return record
+
+    def _record(self, epoch: int, reconstruction: float, kl: float) -> dict[str, float]:
+        """What is known of an epoch, whose mean terms in training are given."""
+        test = mean_negative_elbo(self.model, self.data.test, self._generator("test", epoch))
+        loss = reconstruction + kl
+        record = dict(zip(RECORD, (epoch, loss, -loss, reconstruction, kl, test), strict=True))
+        if self.config.validation:
+            # The same noise in every epoch: what differs between them is the model.
+            noise = self._generator("validation")
+            validation = mean_negative_elbo(self.model, self.data.validation, noise)
+            record["validation_loss"] = validation
         return record
 
     def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
