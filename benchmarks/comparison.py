@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import gate
 import measure
@@ -223,7 +224,8 @@ def task(chain: Chain, direction: str, cotangents: tuple[Tensor, ...]) -> measur
     if direction not in WITH_GRADIENTS:
         return measure.Task(lambda _: chain.run(), context=lambda: _evaluating(chain))
     if direction == "training":
-        return measure.Task(training_step(chain), context=chain.context)
+        make = chain.step or partial(training_step, chain)
+        return measure.Task(make(), context=chain.context)
     if direction == "backward":
         return measure.Task(
             lambda outputs: torch.autograd.grad(outputs, chain.leaves, cotangents),

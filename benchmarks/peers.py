@@ -35,6 +35,7 @@ class Chain:
         context: what must be in force while it runs.
         names: of the gradients that `collect` returns.
         hooks: whether it can be asked what it keeps for backward: torch.func refuses that.
+        step: makes a step of training; None for that of a layer (comparison.py).
     """
 
     run: Callable[[], tuple[Tensor, Tensor]]
@@ -43,6 +44,7 @@ class Chain:
     context: Callable[[], AbstractContextManager] = nullcontext
     names: tuple[str, ...] = ("dz", "dw", "du", "db")
     hooks: bool = True
+    step: Callable[[], Callable[[object], object]] | None = None
 
 
 def of_function(
