@@ -206,7 +206,7 @@ class FlowDistribution(Distribution):
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         r"""Draws without gradients, (\*sample_shape, \*batch_shape, D)."""
         with torch.no_grad():
-            return self._drawn(self.flow.base.sample, sample_shape)[0]
+            return self._drawn(sample_shape)[0]
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         r"""Draws with gradients, (\*sample_shape, \*batch_shape, D).
@@ -214,7 +214,7 @@ class FlowDistribution(Distribution):
         Raises:
             NotImplementedError: the base distribution cannot be reparametrised.
         """
-        return self._drawn(self.flow.base.rsample, sample_shape)[0]
+        return self._drawn(sample_shape, reparametrised=True)[0]
 
     def rsample_and_log_prob(self, sample_shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
         r"""Draws, (\*sample_shape, \*batch_shape, D), and their log-density, from one pass.
@@ -222,7 +222,7 @@ class FlowDistribution(Distribution):
         Raises:
             NotImplementedError: the base distribution cannot be reparametrised.
         """
-        x, z, ladj = self._drawn(self.flow.base.rsample, sample_shape)
+        x, z, ladj = self._drawn(sample_shape, reparametrised=True)
         return x, self.flow.base_log_prob(z) - ladj
 
     def __getstate__(self) -> dict[str, Any]:
@@ -234,8 +234,11 @@ class FlowDistribution(Distribution):
             f"{self.batch_shape}, event_shape: {self.event_shape})"
         )
 
-    def _drawn(self, draw: Any, sample_shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        z = draw(torch.Size((*sample_shape, *self.batch_shape)))
+    def _drawn(
+        self, sample_shape: Sequence[int], reparametrised: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        shape = torch.Size((*sample_shape, *self.batch_shape))
+        z = self.flow.base_sample(shape, reparametrised)
         x, ladj = self.flow.bijection(z, self.context)
         self._draw.keep(self._inputs(x), (z, ladj))
         return x, z, ladj

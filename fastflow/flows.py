@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from itertools import chain
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from fastflow.bijections.base import Bijection, positive_int, refuse_context
 from fastflow.bijections.composition import Chain, Inverse
 from fastflow.distributions import FlowDistribution
 from fastflow.functional.checks import check_tensors
+from fastflow.memo import tensors_of
 from fastflow.scales import Scale
 
 HALF_LOG_TAU = 0.5 * math.log(2 * math.pi)
@@ -70,6 +70,7 @@ class Flow(nn.Module):
         self._base = base
         # carries the device and dtype of the standard normal through .to(), quicker than a search
         self.register_buffer("_anchor", _zero_like(bijection), persistent=False)
+        self.register_load_state_dict_post_hook(_place_anchor)  # assign=True moves parameters
 
     @property
     def features(self) -> int:
@@ -81,7 +82,7 @@ class Flow(nn.Module):
         """The base distribution; the standard normal follows the module's device and dtype."""
         if self._base is not None:
             return self._base
-        zeros = self._anchor.new_zeros(self.features)
+        zeros = torch.zeros(self.features, dtype=self._anchor.dtype, device=self._anchor.device)
         return Independent(Normal(zeros, zeros + 1, validate_args=False), 1, validate_args=False)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -112,7 +113,7 @@ class Flow(nn.Module):
             x, (\*shape, \*context_batch, D).
         """
         with torch.no_grad():
-            x, _ = self.bijection(self._draw(self.base.sample, shape, context), context)
+            x, _ = self.bijection(self._draw(shape, context), context)
         return x
 
     def rsample_and_log_prob(
@@ -130,7 +131,7 @@ class Flow(nn.Module):
         Raises:
             NotImplementedError: the base distribution cannot be reparametrised.
         """
-        z = self._draw(self.base.rsample, shape, context)
+        z = self._draw(shape, context, reparametrised=True)
         x, ladj = self.bijection(z, context)
         return x, self.base_log_prob(z) - ladj
 
@@ -159,19 +160,28 @@ class Flow(nn.Module):
         if self._base is not None:
             return self._base.log_prob(z)
         # a few operations less than by `base`, which also has to be made
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
         return (z * z).sum(-1) * -0.5 - self.features * HALF_LOG_TAU
 
+    def base_sample(self, shape: torch.Size, reparametrised: bool = False) -> Tensor:
+        r"""Draws of the base distribution, (\*shape, D)."""
+        if self._base is not None:
+            return self._base.rsample(shape) if reparametrised else self._base.sample(shape)
+        like = {"dtype": self._anchor.dtype, "device": self._anchor.device}
+        return torch.randn(*shape, self.features, **like)
+
     def _draw(
-        self, draw: Callable[[torch.Size], Tensor], shape: Sequence[int], context: Tensor | None
+        self, shape: Sequence[int], context: Tensor | None, reparametrised: bool = False
     ) -> Tensor:
         if not isinstance(shape, Sequence):
             raise TypeError(f"Flow: shape is {shape!r}, must be a sequence of integers, e.g. (10,)")
-        if context is None:
-            return draw(torch.Size(shape))
-        if not self.bijection.context_features:
-            refuse_context("Flow", context)
-        check_tensors("Flow", context=context)
-        return draw(torch.Size((*shape, *context.shape[:-1])))
+        batch = ()
+        if context is not None:
+            if not self.bijection.context_features:
+                refuse_context("Flow", context)
+            check_tensors("Flow", context=context)
+            batch = context.shape[:-1]
+        return self.base_sample(torch.Size((*shape, *batch)), reparametrised)
 
 
 class MAF(Flow):
@@ -300,8 +310,12 @@ def _stack(
 
 def _zero_like(module: nn.Module) -> Tensor:
     """A scalar on the device of the module and, if it holds floating-point tensors, of its type."""
-    tensors = list(chain(module.parameters(), module.buffers()))
+    tensors = tensors_of(module)
     for tensor in tensors:
         if tensor.is_floating_point():
-            return tensor.new_zeros(())
+            return torch.zeros((), dtype=tensor.dtype, device=tensor.device)
     return torch.zeros((), device=tensors[0].device if tensors else None)
+
+
+def _place_anchor(flow: Flow, _: object) -> None:
+    flow._anchor = _zero_like(flow.bijection)

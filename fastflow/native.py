@@ -151,10 +151,8 @@ def _planar_flow_gradients(
 
 
 def _saved(x: Tensor, units: int) -> Tensor:
-    batch, rows = x.shape[0], 64  # tile_rows of csrc/autoregressive/autoregressive.h
-    while rows > 16 and (batch + rows - 1) // rows < 8:
-        rows //= 2
-    return x.new_empty((batch + rows - 1) // rows * rows * units)
+    rows = 64  # kMostTileRows of csrc/autoregressive/autoregressive.h
+    return x.new_empty((x.shape[0] + rows - 1) // rows * rows * units)
 
 
 def _made_outputs(

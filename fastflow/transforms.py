@@ -29,6 +29,15 @@ def transforms_active() -> bool:
     return functorch_active() or torch.compiler.is_compiling()
 
 
+def readable(tensor: Tensor) -> bool:
+    """Whether Python may look at the values: they are there, and looking would stop nothing."""
+    if torch.compiler.is_compiling() or type(tensor) is not Tensor or tensor.is_meta:
+        return False
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def forward_mode_active(*tensors: Tensor) -> bool:
     """Whether any tensor carries a forward-mode tangent."""
     if forward_ad._current_level < 0:

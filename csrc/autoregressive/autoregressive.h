@@ -33,9 +33,10 @@ struct MaskedLayer {
 };
 
 // Rows of a tile on a CPU: fewer where that is what lets threads share the work. Only the batch
-// decides, so that every op finds the same layout of `saved`; fastflow/native.py says the same.
+// decides, so that every op finds the same layout of `saved`.
+constexpr int64_t kMostTileRows = 64;
 inline int64_t tile_rows(int64_t batch) {
-  int64_t rows = 64;
+  int64_t rows = kMostTileRows;
   while (rows > 16 && (batch + rows - 1) / rows < 8) rows /= 2;
   return rows;
 }

@@ -207,12 +207,12 @@ void launch(MaskedPass pass, const AutoregressiveArgs& args, const Tensor&) {
 }
 #endif
 
-// Whole tiles, as fastflow/native.py tells torch.compile; the layout of CUDA fits too.
+// Whole tiles of the most rows, as fastflow/native.py tells torch.compile: a size that branched on
+// the batch would be another graph for each branch. The layout of CUDA fits too.
 int64_t saved_size(const AutoregressiveArgs& args) {
   int64_t units = args.affine ? args.outputs() : 0;
   for (int64_t l = 0; l + 1 < args.layer_count; ++l) units += args.layers[l].rows;
-  const int64_t rows = tile_rows(args.batch);
-  return (args.batch + rows - 1) / rows * rows * units;
+  return (args.batch + kMostTileRows - 1) / kMostTileRows * kMostTileRows * units;
 }
 
 // Both directions of autoregressive, and made: {result, ladj, saved}. `in` is the op's input.

@@ -212,7 +212,8 @@ def masked_network(
         or (torch.compiler.is_compiling() and not backends.traceable(op.forward, x))
     ):
         return op.reference(*network, *setting, False)[:-1]
-    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+    differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if not differentiated or torch.compiler.is_exporting():  # a program that is exported has none
         return tuple(
             backends.call(op.forward, *network, *setting, False, name=backends.current())[:-1]
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -73,9 +74,8 @@ def run(
     layers = len(weights)
     if not layers:
         raise ValueError(f"{op}: weights is empty, must hold at least one layer")
-    none = weights[0].new_empty(0) if isinstance(weights[0], Tensor) else None
-    biases = _tensors(op, "biases", [None] * layers if biases is None else biases, none)
-    terms = [] if terms is None else _tensors(op, "terms", terms, none)
+    biases = _tensors(op, "biases", [None] * layers if biases is None else biases, weights[0])
+    terms = [] if terms is None else _tensors(op, "terms", terms, weights[0])
     given = {x_name: x}
     given |= {f"weights[{i}]": weight for i, weight in enumerate(weights)}
     given |= {f"biases[{i}]": bias for i, bias in enumerate(biases)}
@@ -117,16 +117,19 @@ def run(
 
 
 def _tensors(
-    op: str, name: str, tensors: Sequence[Tensor | None], none: Tensor | None = None
+    op: str, name: str, tensors: Sequence[Tensor | None], like: Tensor | None = None
 ) -> list[Tensor]:
+    """The tensors, with an empty one like another for each that is missing.
+
+    Every one of them is new: torch.compile refuses the same tensor twice.
+    """
     if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
         raise TypeError(
             f"{op}: {name} is a {type(tensors).__name__}, must be a sequence of tensors"
         )
-    # a new one for each: torch.compile refuses an op that is given one tensor twice
-    return [
-        none.new_empty(0) if tensor is None and none is not None else tensor for tensor in tensors
-    ]
+    if not isinstance(like, Tensor):
+        return list(tensors)
+    return [like.new_empty(0) if tensor is None else tensor for tensor in tensors]
 
 
 def _check_shapes(
@@ -193,9 +196,11 @@ def _rows(
             f"{op}: the batches of {x_name} {tuple(x.shape)} and terms {shown} do not broadcast"
         ) from None
 
+    rows = math.prod(batch)  # batch.numel() would be a constant to torch.export
+
     def flat(tensor: Tensor) -> Tensor:
         if tensor.shape == (0,):
             return tensor
-        return tensor.expand(*batch, tensor.shape[-1]).reshape(batch.numel(), tensor.shape[-1])
+        return tensor.expand(*batch, tensor.shape[-1]).reshape(rows, tensor.shape[-1])
 
     return flat(x), [flat(term) for term in terms], batch

@@ -168,7 +168,7 @@ def _rows(
         return z, w, u, b, of_z[:-1]
     batches = (of_z[:-1], of_w[:-2], of_u[:-2], of_b[:-1])
     batch = broadcast_batches(name, **dict(zip(shapes, batches, strict=True)))
-    rows, (steps, features) = batch.numel(), of_w[-2:]
+    rows, (steps, features) = math.prod(batch), of_w[-2:]
     z = z.expand(*batch, features).reshape(rows, features)
     w, u = (t.expand(*batch, steps, features).reshape(rows, steps, features) for t in (w, u))
     return z, w, u, b.expand(*batch, steps).reshape(rows, steps), batch

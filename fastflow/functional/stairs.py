@@ -11,7 +11,7 @@ from torch import Tensor
 from fastflow import masks
 from fastflow.memo import Snapshot
 from fastflow.reference import network
-from fastflow.transforms import transforms_active
+from fastflow.transforms import readable
 
 _checked: dict[tuple, Snapshot] = {}
 
@@ -54,9 +54,7 @@ def check_autoregressive(
     Raises:
         ValueError: an output sees its own feature, or one after it.
     """
-    if transforms_active() or known_autoregressive(stairs, residual):
-        return
-    if not all(map(_readable, _tensors(stairs))):
+    if not all(map(readable, _tensors(stairs))) or known_autoregressive(stairs, residual):
         return
     if isinstance(stairs, Tensor):
         _, prefixes = masks.parts(stairs.cpu(), [features, *map(len, weights)])
@@ -93,13 +91,6 @@ def _remember(stairs: Tensor | Sequence[Tensor], residual: bool) -> None:
 
 def _tensors(stairs: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
     return (stairs,) if isinstance(stairs, Tensor) else stairs
-
-
-def _readable(tensor: Tensor) -> bool:
-    """Whether Python may look at the values."""
-    if type(tensor) is not Tensor or tensor.is_meta:
-        return False
-    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _check_masks(op: str, masks: Sequence[Tensor], weights: Sequence[Tensor]) -> None:

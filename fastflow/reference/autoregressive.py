@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fastflow import masks
 from fastflow.reference import made, network, scales
+from fastflow.transforms import readable
 
 BLOCK = 16  # stages between two products with everything that is known before them
 
@@ -95,9 +96,10 @@ def autoregressive_inverse(
 
     Stage r computes the units that see r features, then outputs r, then x_r. Stages come in blocks:
     a product with everything known before the block starts the sums of the block's units, and its
-    stages add what the block itself brings. Masks that are no staircase are inverted by passes.
+    stages add what the block itself brings. Masks that are no staircase are inverted by passes, and
+    so are those whose values are out of reach: in a graph, or under vmap.
     """
-    if not isinstance(stairs, Tensor):
+    if not isinstance(stairs, Tensor) or not (save or readable(stairs)):
         net = (terms, weights, biases, stairs, activation, residual)
         return *_inverse_by_passes(y, net, (scale, c0, c1)), y.new_empty(0)
     net = _Sorted.of(y, weights, stairs, residual)
@@ -223,12 +225,14 @@ def autoregressive_inverse_backward(
 
 def _inverse_by_passes(y: Tensor, net: tuple, scale: tuple) -> tuple[Tensor, Tensor]:
     """The inverse by passes through the whole network, each of which settles some features more."""
-    terms, weights, biases, given, activation, residual = net
-    adjacency = network.reach(given, residual).unflatten(0, (-1, 2)).any(1)
+    terms, weights, biases, stairs, activation, residual = net
+    features = y.shape[-1]
+    seen = masks.masks(stairs, network.widths(y, weights))
+    adjacency = network.reach(seen, residual)[_output_rows(stairs, features)].any(1)
     x, known = torch.zeros_like(y), torch.zeros_like(adjacency[0])
-    for _ in range(masks.depth(adjacency)):
-        outputs = network.forward(x, terms, weights, biases, given, activation, residual)[-1]
-        m, a = _by_feature(outputs, given, y.shape[-1])
+    for _ in range(masks.depth(adjacency) if readable(adjacency) else features):
+        outputs = network.forward(x, terms, weights, biases, seen, activation, residual)[-1]
+        m, a = _by_feature(outputs, stairs, features)
         found, l = scales.step_back(y, m, a, *scale)  # noqa: E741
         known = ~(adjacency & ~known).any(1)
         x = torch.where(known, found, 0)  # what was found of unknown features may be infinite
