@@ -14,6 +14,7 @@ from torch.func import jacfwd, jacrev, vmap
 import fastflow
 from fastflow import Chain, Flow, Inverse, PCPMap, Permutation
 from fastflow.reference import pcp, pcp_inverse
+from fastflow.reference.network import softplus
 
 WIDTHS = [(5,), (6, 5), (4, 5, 6)]
 F64 = torch.float64
@@ -93,6 +94,13 @@ def test_the_potential_is_convex_along_every_line(C: int, scale: float) -> None:
     chord = (1 - t[:, 0]) * pcp.potential(left, net) + t[:, 0] * pcp.potential(right, net)
     bend = 0.5 * (net.curvature * t * (1 - t) * (right - left) ** 2).sum(-1)
     assert (between <= chord - bend + 1e-12 * (chord.abs() + 1)).all()
+
+
+def test_softplus_has_its_slope_where_it_bends() -> None:
+    x = torch.zeros((), dtype=F64, requires_grad=True)
+    (slope,) = torch.autograd.grad(softplus(x), x, create_graph=True)
+    (bend,) = torch.autograd.grad(slope, x)
+    assert slope == 0.5 and bend == 0.25
 
 
 @by_context
@@ -297,8 +305,8 @@ def test_trains_to_a_curved_density() -> None:
     data = torch.stack([theta.cos(), theta.sin()], 1) + 0.1 * torch.randn(400, 2)
     normal = torch.distributions.MultivariateNormal(data.mean(0), data.T.cov())
     flow = Flow(PCPMap(2, 0, (32, 32)))
-    optimizer = torch.optim.Adam(flow.parameters(), 0.02)
-    for _ in range(80):
+    optimizer = torch.optim.Adam(flow.parameters(), 0.05)
+    for _ in range(100):
         loss = -flow.log_prob(data).mean()
         optimizer.zero_grad()
         loss.backward()
