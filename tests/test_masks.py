@@ -135,6 +135,17 @@ def test_masks_in_any_order_are_recognised(sizes: tuple[int, ...], blocked: bool
     assert torch.equal(orders[-1].long(), rows.flatten())
 
 
+def test_units_that_see_the_same_go_by_who_sees_them() -> None:
+    own, outputs = torch.tensor([1, 2, 3]), torch.tensor([1, 1, 2, 2, 3, 3])
+    # nothing below tells the units of degrees 2 and 1 apart
+    found = masks.staircase_of(drawn_masks([own, torch.tensor([1]), torch.tensor([2, 1]), outputs]))
+    assert masks.parts(found, [3, 1, 2, 6])[0][2].tolist() == [1, 0]
+    # nothing sees the features, so that their outputs tell their order
+    last = torch.tensor([[True], [True], [False], [False]])
+    found = masks.staircase_of([torch.zeros(1, 2, dtype=torch.bool), last])
+    assert masks.parts(found, [2, 1, 4])[0][0].tolist() == [1, 0]
+
+
 def test_what_is_no_staircase_or_sees_itself_is_not_recognised() -> None:
     own = torch.tensor([1, 2, 3])
     good = drawn_masks([own, torch.tensor([1, 2, 2]), own.repeat_interleave(2)])

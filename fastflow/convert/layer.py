@@ -130,10 +130,12 @@ class MaskedLayer(Converted):
 
     def _seen(self, sources: Sequence[Tensor]) -> bool:
         """Whether the staircase is that of these buffers as they are now."""
-        return len(sources) == len(self._sources) and all(
-            source is seen and _version(source) == version
-            for source, (seen, version) in zip(sources, self._sources)
-        )
+        if len(sources) != len(self._sources):
+            return False
+        for source, (seen, version) in zip(sources, self._sources):
+            if source is not seen or _version(source) != version:
+                return False
+        return True
 
     def _derive(self, sources: Sequence[Tensor]) -> None:
         # what is refused once is not tried again at every call
@@ -163,9 +165,14 @@ class MaskedLayer(Converted):
 
 def tensors(layers: Sequence[nn.Module], name: str) -> list[Tensor | None]:
     """The weight, bias or other tensor of this name of every layer, as it is now."""
-    # past __getattr__ of modules, which in a small model takes longer than the network
-    found = [layer._parameters.get(name) for layer in layers]
-    return [getattr(layer, name) if one is None else one for one, layer in zip(found, layers)]
+    found = []
+    for layer in layers:
+        # past __getattr__ of modules, which in a small model takes longer than the network
+        tensor = layer._parameters.get(name)
+        if tensor is None:
+            tensor = layer._buffers.get(name)
+        found.append(getattr(layer, name) if tensor is None else tensor)
+    return found
 
 
 def _version(source: Tensor) -> float:
