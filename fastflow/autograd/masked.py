@@ -192,7 +192,7 @@ def masked_network(
     """One of `OPS` on (B, D) rows, through a kernel where one can answer, else the reference.
 
     Kernels know reverse-mode derivatives only: torch.func and forward-mode tangents get the
-    reference, which PyTorch differentiates itself. So do empty tensors, masks that are no
+    reference, which PyTorch differentiates itself. So do tensors without values, masks that are no
     staircase, and torch.compile where the backend is no registered op.
     """
     op, network = OPS[name], (x, terms, weights, biases, stairs)
@@ -209,11 +209,11 @@ def masked_network(
         functorch_active()
         or forward_mode_active(*tensors)
         or not x.numel()
+        or x.is_meta
         or (torch.compiler.is_compiling() and not backends.traceable(op.forward, x))
     ):
         return op.reference(*network, *setting, False)[:-1]
-    differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    if not differentiated or torch.compiler.is_exporting():  # a program that is exported has none
+    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
         return tuple(
             backends.call(op.forward, *network, *setting, False, name=backends.current())[:-1]
         )
