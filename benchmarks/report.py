@@ -17,6 +17,7 @@ import os
 import sys
 from pathlib import Path
 
+from legends import SHOWN
 from plots import plot
 from runs import (
     DIRECTIONS,
@@ -34,56 +35,11 @@ from tabulate import tabulate
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 SLOWER = "▼"
 ONCE = "†"
-README_CASES = {
-    "planar_flow": 4,
-    "autoregressive": 5,
-    "pcp": 4,
-    "convert": 7,
-    "vae": 3,
-}  # of the short grid
-README_DIRECTIONS = {
-    "planar_flow": ("forward_backward", "inverse"),
-    "autoregressive": ("training", "inverse"),
-    "pcp": ("forward_backward", "inverse"),
-    "convert": ("density", "sample"),
-    "vae": ("training",),
-}
 LEGEND = (
     "Speed-up: the other's time over that of fastflow's fastest backend, the median of rounds in "
     f"which they take turns. Below 1 fastflow is slower: **bold**, {SLOWER}. "
     f"{ONCE}: so slow that it was timed once. Forward: without gradients."
 )
-LEGENDS = {
-    "planar_flow": (
-        "planar_flow. PyTorch: the same chain in plain PyTorch, step by step; hoisted: what does "
-        "not depend on z computed once for all steps, which is also what torch.compile gets; for "
-        "the inverse, which no peer has, Newton's method in plain PyTorch."
-    ),
-    "autoregressive": (
-        "autoregressive. B rows, D features, H hidden layers, C context: one layer of a MAF or an "
-        "IAF, with the same masks and weights in all libraries, fastflow's with the scale map of "
-        "each. PyTorch: masks multiplied in, for the inverse D passes, as in the libraries; fixed "
-        "point: passes until nothing changes any more, which depends on the weights. Dense: a "
-        "network of the same widths without masks, no rival but a floor. normflows: with residual "
-        "blocks, as it has no plain network. Training step: Adam, and the gradient of the points."
-    ),
-    "pcp": (
-        "pcp. One PCPMap; B rows, D features, H hidden layers, C context. The rivals have the same "
-        "network and differentiate its potential by autograd: D vjps, one for each row of the "
-        "Hessian; torch.func, its jacfwd of grad under vmap. Their inverse is a fixed number of "
-        "undamped Newton steps."
-    ),
-    "convert": (
-        "convert. Flows of T layers of the library that the case names, after fastflow.convert and "
-        "before, with the same weights. Samples: from noise, without gradients."
-    ),
-    "vae": (
-        "vae. A whole step of training, B images of MNIST's size, D latents, K steps of the flow, "
-        "500 hidden units in encoder and decoder; all but the flow's layers is the same for all. "
-        "PyTorch: planar steps one by one, masks multiplied in. On a GPU fastflow's step is one "
-        "CUDA graph, as in `python -m fastflow.vae train`."
-    ),
-}
 COPY_LEGEND = (
     "Of copy: the bytes that must be moved at least, per second, in proportion to a plain copy in "
     "the same run; for cases larger than the caches."
@@ -195,8 +151,9 @@ def excerpt(run: Run, pictures: list[Path], page: Path, base: Path) -> str:
 def first(run: Run, op: str) -> list[Row]:
     """The rows of an op for the README."""
     rows = run.rows_of(op)
-    cases = list(dict.fromkeys(row.case for row in rows))[: README_CASES[op]]
-    return [row for row in rows if row.case in cases and row.direction in README_DIRECTIONS[op]]
+    shown = SHOWN[op]
+    cases = list(dict.fromkeys(row.case for row in rows))[: shown.cases]
+    return [row for row in rows if row.case in cases and row.direction in shown.directions]
 
 
 def heading(run: Run, pictures: list[Path], base: Path) -> str:
@@ -241,7 +198,7 @@ def write(runs: list[Run], out: Path, readme: Path | None) -> list[Path]:
             if plot(run, op, picture):
                 drawn.append(picture)
     ops = dict.fromkeys(op for run in runs for op in run.ops)
-    legends = [LEGEND, *(LEGENDS[op] for op in ops if op in LEGENDS)]
+    legends = [LEGEND, *(SHOWN[op].legend for op in ops if op in SHOWN)]
     parts = ["# Benchmarks", *legends, COPY_LEGEND]
     for run in runs:
         parts += [section(run, pictures[run.name], out), "#### All contenders", details(run)]
