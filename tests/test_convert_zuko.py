@@ -246,10 +246,10 @@ REFUSED = {
         lambda: MaskedAutoregressiveTransform(3, activation=nn.PReLU),
         "activation PReLU",
     ),
-    "graph": (lambda: MaskedAutoregressiveTransform(4, adjacency=graph()), "adjacency is not"),
+    "graph": (lambda: MaskedAutoregressiveTransform(4, adjacency=graph()), "are not those of an order"),
     "context": (
         lambda: MaskedAutoregressiveTransform(3, 1, adjacency=torch.ones(3, 4).tril().bool()),
-        "hides the context",
+        "hide the context",
     ),
     "hook": (with_hook, "hooks"),
     "subclass": (lambda: Fork(3), "subclass of MaskedAutoregressiveTransform"),

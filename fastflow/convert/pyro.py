@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from pyro import nn as networks
 from pyro.distributions import transforms
 from pyro.distributions.conditional import ConditionalTransformModule
@@ -24,10 +23,10 @@ from pyro.distributions.transforms.planar import ConditionedPlanar as OriginalCo
 from pyro.nn.auto_reg_nn import MaskedLinear
 from torch import Tensor, nn
 
-from fastflow import masks
 from fastflow.bijections.base import check_features
-from fastflow.convert.activations import activation_name, check_hooks
-from fastflow.convert.layer import Converted, MaskedLayer, Unsupported, tensors
+from fastflow.convert.activations import check_hooks
+from fastflow.convert.joined import JoinedLayer, one_activation
+from fastflow.convert.layer import Converted, Unsupported, tensors
 from fastflow.convert.remembering import Remembering
 from fastflow.functional.autoregressive import autoregressive, autoregressive_inverse
 from fastflow.functional.planar_flow import planar_flow, planar_flow_inverse
@@ -48,15 +47,13 @@ class ConvertedTransform(Remembering, Converted):
         super().restore()
 
 
-class MaskedNetwork(MaskedLayer):
+class MaskedNetwork(JoinedLayer):
     """A layer with one of Pyro's masked networks, and settings that make a scale of its outputs."""
 
-    derived = (*MaskedLayer.derived, "_activation", "_scale")
+    context_first = True
+    interleaved = False
     kind: type[networks.ConditionalAutoRegressiveNN]
     """The exact class of the network."""
-
-    _activation: str
-    _scale: Scale
 
     @property
     def hyper(self) -> networks.ConditionalAutoRegressiveNN:
@@ -68,53 +65,13 @@ class MaskedNetwork(MaskedLayer):
         """The options of the affine step by name; those that are missing have their defaults."""
         raise NotImplementedError(f"{type(self).__name__} has no options")
 
-    def network(self, context: Tensor | None = None) -> dict[str, Any] | None:
-        """The layer at a context as ops take it; None where Pyro's own code must answer."""
-        layers = self.layers()
-        stairs = self.stairs(tensors(layers, "mask"))
-        if stairs is None:
-            return None
-        weights, terms = tensors(layers, "weight"), None
-        if context is not None:
-            of_context, own = weights[0].split(self.sizes(), 1)
-            weights[0] = own.contiguous()  # as the node wants it, see fastflow.autograd.node
-            terms = [context @ of_context.mT, *[None] * (len(weights) - 1)]
-        return {
-            "weights": weights,
-            "biases": tensors(layers, "bias"),
-            "stairs": stairs,
-            "terms": terms,
-            "activation": self._activation,
-            "scale": self._scale,
-        }
-
     def layers(self) -> list[MaskedLinear]:
-        """The masked layers, first to last."""
         return list(self.hyper.layers)
 
     def made_of(self) -> list[Tensor]:
         """All parameters."""
         layers = self.layers()
         return tensors(layers, "weight") + tensors(layers, "bias")
-
-    def sizes(self) -> tuple[int, int]:
-        """C and D."""
-        return self.hyper.context_dim, self.hyper.input_dim
-
-    def sources(self) -> list[Tensor]:
-        return tensors(self.layers(), "mask")
-
-    def derive(self, sources: Sequence[Tensor]) -> Tensor:
-        seen = [source != 0 for source in sources]
-        if not all(torch.equal(one.to(source), source) for one, source in zip(seen, sources)):
-            raise Unsupported("a mask holds other numbers than 0 and 1")
-        of_context, seen[0] = seen[0].split(self.sizes(), 1)
-        features = self.hyper.input_dim
-        outputs = torch.arange(2 * features, device="cpu").view(2, features).T
-        stairs = masks.staircase_of(seen, outputs)
-        if stairs is None or not of_context.all():
-            raise Unsupported("its masks are not those of an order of the features")
-        return stairs
 
     def check(self) -> None:
         hyper = self.hyper
@@ -127,7 +84,7 @@ class MaskedNetwork(MaskedLayer):
         if any(type(layer) is not MaskedLinear for layer in hyper.layers):
             raise Unsupported("its network has layers other than MaskedLinear")
         check_hooks(hyper)
-        self._activation = activation_name(hyper.f)
+        self._activation = one_activation([hyper.f])
         self._scale = scale_of(**self.options)
 
 

@@ -14,9 +14,8 @@ Source:
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from torch import Tensor
 from torch.distributions import Transform
@@ -24,10 +23,10 @@ from torch.distributions.transforms import _InverseTransform
 from zuko import flows, transforms
 from zuko.nn import MaskedLinear, MaskedMLP, Residual
 
-from fastflow import masks
 from fastflow.bijections.base import check_features, refuse_context
-from fastflow.convert.activations import activation_name, check_hooks
-from fastflow.convert.layer import MaskedLayer, Unsupported, tensors
+from fastflow.convert.activations import check_hooks
+from fastflow.convert.joined import JoinedLayer, one_activation
+from fastflow.convert.layer import Unsupported
 from fastflow.functional.autoregressive import autoregressive, autoregressive_inverse
 from fastflow.scales import SoftClip
 
@@ -82,15 +81,14 @@ class InverseTransform(_InverseTransform):
         return self._inv.inverse_and_ladj(y)
 
 
-class MaskedAutoregressiveTransform(MaskedLayer, flows.MaskedAutoregressiveTransform):
+class MaskedAutoregressiveTransform(JoinedLayer, flows.MaskedAutoregressiveTransform):
     """Converts `zuko.flows.MaskedAutoregressiveTransform` with its affine univariate."""
 
-    derived = (*MaskedLayer.derived, "_activation", "_scale")
-    _activation: str
-    _scale: SoftClip
+    context_first = False
+    interleaved = True
 
     def forward(self, c: Tensor | None = None) -> Transform:
-        _, context_features = self.sizes()
+        _, context_features = self.sizes(self.layers())
         if not context_features:
             refuse_context("MaskedAutoregressiveTransform", c)
         elif c is None:
@@ -101,47 +99,8 @@ class MaskedAutoregressiveTransform(MaskedLayer, flows.MaskedAutoregressiveTrans
             check_features("MaskedAutoregressiveTransform", "c", c, context_features)
         return AutoregressiveTransform(self, c)
 
-    def sizes(self) -> tuple[int, int]:
-        """D and C."""
-        features = self.hyper.out_features // 2
-        return features, self.hyper.in_features - features
-
     def layers(self) -> list[MaskedLinear]:
-        """The masked layers, first to last."""
         return list(self.hyper)[::2]
-
-    def network(self, c: Tensor | None) -> dict[str, Any] | None:
-        """The layer at a context as ops take it; None where zuko's own code must answer."""
-        layers = self.layers()
-        stairs = self.stairs(tensors(layers, "mask"))
-        if stairs is None:
-            return None
-        weights, terms = tensors(layers, "weight"), None
-        if c is not None:
-            own, of_context = weights[0].split(self.sizes(), 1)
-            weights[0] = own.contiguous()  # as the node wants it, see fastflow.autograd.node
-            terms = [c @ of_context.mT, *[None] * (len(weights) - 1)]
-        return {
-            "weights": weights,
-            "biases": tensors(layers, "bias"),
-            "stairs": stairs,
-            "terms": terms,
-            "activation": self._activation,
-            "scale": self._scale,
-        }
-
-    def sources(self) -> list[Tensor]:
-        return tensors(self.layers(), "mask")
-
-    def derive(self, sources: Sequence[Tensor]) -> Tensor:
-        first, *others = sources
-        own, of_context = first.split(self.sizes(), 1)
-        if not of_context.all():
-            raise Unsupported("its adjacency hides the context from some features")
-        stairs = masks.staircase_of([own, *others])
-        if stairs is None:
-            raise Unsupported("its adjacency is not that of an order of the features")
-        return stairs
 
     def check(self) -> None:
         self._scale = scale_of(self.univariate)
@@ -152,10 +111,7 @@ class MaskedAutoregressiveTransform(MaskedLayer, flows.MaskedAutoregressiveTrans
             names = ", ".join(sorted(kind.__name__ for kind in strange))
             raise Unsupported(f"its network has parts of class {names}")
         check_hooks(self.hyper)
-        names = {activation_name(part) for part in list(self.hyper)[1::2]} or {"relu"}
-        if len(names) > 1:
-            raise Unsupported(f"it has several activations: {', '.join(sorted(names))}")
-        (self._activation,) = names
+        self._activation = one_activation(list(self.hyper)[1::2])
 
 
 def scale_of(univariate: Callable[..., Transform]) -> SoftClip:

@@ -1,0 +1,94 @@
+"""The masked layers of zuko and Pyro, whose networks take points and context side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fastflow import masks
+from fastflow.convert.activations import activation_name
+from fastflow.convert.layer import MaskedLayer, Unsupported, tensors
+from fastflow.scales import Scale
+
+
+class JoinedLayer(MaskedLayer):
+    """A converted layer on such a network, with an activation and a scale map read by `check`."""
+
+    derived = (*MaskedLayer.derived, "_activation", "_scale")
+    context_first: ClassVar[bool]
+    """Whether the context stands before the points."""
+    interleaved: ClassVar[bool]
+    """Whether outputs are m_1, a_1, m_2, a_2, .. or m_1 .. m_D, a_1 .. a_D."""
+
+    _activation: str
+    _scale: Scale
+
+    def layers(self) -> list[nn.Module]:
+        """The masked layers, first to last."""
+        raise NotImplementedError(f"{type(self).__name__} has no layers")
+
+    def sizes(self, layers: Sequence[nn.Module]) -> tuple[int, int]:
+        """D and C."""
+        features = layers[-1].out_features // 2
+        return features, layers[0].in_features - features
+
+    def network(self, context: Tensor | None = None) -> dict[str, Any] | None:
+        """The layer at a context as ops take it; None where the library's own code must answer."""
+        layers = self.layers()
+        stairs = self.stairs(tensors(layers, "mask"))
+        if stairs is None:
+            return None
+        weights, terms = tensors(layers, "weight"), None
+        if context is not None:
+            own, of_context = self._parts(weights[0], self.sizes(layers))
+            weights[0] = own.contiguous()  # as the node wants it, see fastflow.autograd.node
+            terms = [context @ of_context.mT, *[None] * (len(weights) - 1)]
+        return {
+            "weights": weights,
+            "biases": tensors(layers, "bias"),
+            "stairs": stairs,
+            "terms": terms,
+            "activation": self._activation,
+            "scale": self._scale,
+        }
+
+    def sources(self) -> list[Tensor]:
+        return tensors(self.layers(), "mask")
+
+    def derive(self, sources: Sequence[Tensor]) -> Tensor:
+        seen = [source != 0 for source in sources]
+        if not all(torch.equal(one.to(source), source) for one, source in zip(seen, sources)):
+            raise Unsupported("a mask holds other numbers than 0 and 1")
+        sizes = self.sizes(self.layers())
+        seen[0], of_context = self._parts(seen[0], sizes)
+        if not of_context.all():
+            raise Unsupported("its masks hide the context from some features")
+        outputs = torch.arange(2 * sizes[0], device="cpu")
+        outputs = outputs.view(-1, 2) if self.interleaved else outputs.view(2, -1).T
+        stairs = masks.staircase_of(seen, outputs)
+        if stairs is None:
+            raise Unsupported("its masks are not those of an order of the features")
+        return stairs
+
+    def _parts(self, joined: Tensor, sizes: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """The columns of the points and those of the context."""
+        if not self.context_first:
+            return joined.split(sizes, 1)
+        of_context, own = joined.split(sizes[::-1], 1)
+        return own, of_context
+
+
+def one_activation(activations: Iterable[Callable]) -> str:
+    """The name of what all hidden layers have; any name where there are none.
+
+    Raises:
+        Unsupported: there are several, or one is not known.
+    """
+    names = {activation_name(activation) for activation in activations} or {"relu"}
+    if len(names) > 1:
+        raise Unsupported(f"it has several activations: {', '.join(sorted(names))}")
+    (name,) = names
+    return name
