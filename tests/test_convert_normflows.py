@@ -62,6 +62,15 @@ def test_masked_weights_get_no_gradient_where_two_layers_are_one() -> None:
     assert len(masked) == 4 and not any(part.weight.grad[part.mask == 0].any() for part in masked)
 
 
+def test_few_rows_are_not_worth_the_product_of_weights() -> None:
+    layer = build(5, 12, {"use_residual_blocks": False})
+    converted = copy.deepcopy(layer)
+    fastflow.convert(converted)
+    x = torch.randn(4, 5)
+    assert all(map(torch.equal, converted(x), layer(x)))  # to the bit: the same code
+    check_same(CALLS[1], layer, converted, [x])
+
+
 REFUSED = {
     "gate": ({"context_features": 2}, "gated by a context"),
     "batch norm": ({"use_batch_norm": True}, "batch norm"),

@@ -23,7 +23,7 @@ class MaskedAffineAutoregressive(MadeLayer, autoregressive.MaskedAffineAutoregre
     """normflows' layer, y = (sigmoid(a + 2) + 1e-3) x + m.
 
     Its feed-forward networks have no activation between their first two layers, which are one here:
-    the product of their masked weights, computed anew at every call.
+    the product of their masked weights, computed anew at every call. Few rows are not worth that.
     """
 
     made = made
@@ -40,6 +40,12 @@ class MaskedAffineAutoregressive(MadeLayer, autoregressive.MaskedAffineAutoregre
     def residual(self) -> bool:
         blocks = self.autoregressive_net.blocks
         return not len(blocks) or isinstance(blocks[0], made.MaskedResidualBlock)
+
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if not self._residual and len(inputs) < self.features:
+            # the product of the weights would take longer than all that it spares
+            return super(MadeLayer, self).forward(inputs, context)
+        return super().forward(inputs, context)
 
     def network(self, inputs: Tensor, context: Tensor | None) -> dict[str, Any] | None:
         if self._residual:
