@@ -229,6 +229,16 @@ class TestMemory:
         torch.testing.assert_close(ladj, layer.log_abs_det_jacobian(x.clone(), y.clone()))
 
 
+@pytest.mark.parametrize("case", ["default", "planar"])
+def test_log_determinants_keep_their_precision_under_autocast(case: str) -> None:
+    layer, fast = (one.float() for one in pair(case))
+    x = torch.randn(50, 5, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, ladj = parallel(fast, x)
+    assert y.dtype == ladj.dtype == torch.float32
+    torch.testing.assert_close(ladj, parallel(layer, x)[1], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("case", ["default", "stable", "default-context", "planar"])
 def test_it_stays_what_it_was(case: str) -> None:
     layer = LAYERS[case]()

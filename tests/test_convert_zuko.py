@@ -246,7 +246,10 @@ REFUSED = {
         lambda: MaskedAutoregressiveTransform(3, activation=nn.PReLU),
         "activation PReLU",
     ),
-    "graph": (lambda: MaskedAutoregressiveTransform(4, adjacency=graph()), "are not those of an order"),
+    "graph": (
+        lambda: MaskedAutoregressiveTransform(4, adjacency=graph()),
+        "are not those of an order",
+    ),
     "context": (
         lambda: MaskedAutoregressiveTransform(3, 1, adjacency=torch.ones(3, 4).tril().bool()),
         "hide the context",
@@ -299,28 +302,29 @@ def test_log_determinants_keep_their_precision_under_autocast() -> None:
     torch.testing.assert_close(ladj, flow().transform.call_and_ladj(x)[1], rtol=0, atol=1e-5)
 
 
-def test_several_models_at_once_by_vmap() -> None:
-    flows = [pair("default")[1] for _ in range(3)]
-    x = torch.randn(5, 3).double()
-    wanted = torch.stack([flow().log_prob(x) for flow in flows])
-    parameters, buffers = torch.func.stack_module_state(flows)
-
-    def log_prob(parameters: dict, buffers: dict) -> Tensor:
-        return torch.func.functional_call(Density(flows[0]), (parameters, buffers), (x,))
-
-    named = [{f"flow.{name}": t for name, t in ts.items()} for ts in (parameters, buffers)]
-    torch.testing.assert_close(torch.vmap(log_prob)(*named), wanted)
-
-
-class Density(nn.Module):
-    """log_prob as a forward pass."""
+class BothWays(nn.Module):
+    """Both directions of a flow as a forward pass."""
 
     def __init__(self, flow: nn.Module) -> None:
         super().__init__()
         self.flow = flow
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.flow().log_prob(x)
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        transform = self.flow().transform
+        return *transform.call_and_ladj(x), transform.inv(x), *transform.inv.call_and_ladj(x)
+
+
+def test_several_models_at_once_by_vmap() -> None:
+    models = [BothWays(pair("default")[1]) for _ in range(3)]
+    x = torch.randn(5, 3).double()
+    wanted = [torch.stack(each) for each in zip(*(model(x) for model in models))]
+    state = torch.func.stack_module_state(models)
+
+    def call(*state: dict) -> tuple[Tensor, ...]:
+        return torch.func.functional_call(models[0], state, (x,))
+
+    for want, found in zip(wanted, torch.vmap(call)(*state), strict=True):
+        torch.testing.assert_close(found, want)
 
 
 def test_torch_compile() -> None:
