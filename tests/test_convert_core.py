@@ -129,11 +129,15 @@ def test_a_model_without_such_layers() -> None:
     assert str(report) == "no layer that fastflow knows"
 
 
-def test_masks_that_are_none_leave_the_layer_alone() -> None:
+def test_masks_that_are_no_such_masks_leave_the_layer_alone() -> None:
     own = layer()
     own.autoregressive_net.initial_layer.mask[0] = 1  # sees all: so do some outputs
     (row,) = fastflow.convert(own).skipped
     assert "staircase" in row.reason
+    own = layer()
+    own.autoregressive_net.initial_layer.mask.mul_(0.5)  # scales weights
+    (row,) = fastflow.convert(own).skipped
+    assert "other numbers than 0 and 1" in row.reason
 
 
 def test_hooks_names_and_printing_stay() -> None:

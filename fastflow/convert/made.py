@@ -79,12 +79,20 @@ class MadeLayer(MaskedLayer):
         return tensors(self.masked_layers(), "mask")
 
     def derive(self, sources: Sequence[Tensor]) -> Tensor:
-        shown = [mask != 0 for mask in sources]
+        if any(((mask != 0) & (mask != 1)).any() for mask in sources):
+            raise Unsupported(
+                "its masks hold other numbers than 0 and 1, which would scale weights"
+            )
+        shown = self.as_computed([mask != 0 for mask in sources])
         outputs = torch.arange(len(shown[-1]), device="cpu").view(-1, 2).flip(-1)
         stairs = masks.staircase_of(shown, outputs, self._residual)
         if stairs is None:
             raise Unsupported("its masks are not those of an autoregressive staircase")
         return stairs
+
+    def as_computed(self, shown: list[Tensor]) -> list[Tensor]:
+        """The masks, bool, of the layers that `network` gives, from those of the masked layers."""
+        return shown
 
     def check(self) -> None:
         made, net = self.made, self.autoregressive_net

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -61,11 +60,11 @@ class MaskedAffineAutoregressive(MadeLayer, autoregressive.MaskedAffineAutoregre
             network["biases"] = [nnf.linear(b0, w1, b1), *biases]
         return network
 
-    def derive(self, sources: Sequence[Tensor]) -> Tensor:
-        if not self._residual:
-            first, second, *rest = sources
-            sources = [second.float() @ first.float(), *rest]
-        return super().derive(sources)
+    def as_computed(self, shown: list[Tensor]) -> list[Tensor]:
+        if self._residual:
+            return shown
+        first, second, *rest = shown
+        return [second.float() @ first.float() > 0, *rest]
 
     def terms(self, context: Tensor, layers: int) -> list[Tensor | None]:
         return [self.autoregressive_net.context_layer(context), *[None] * (layers - 1)]
