@@ -1,6 +1,6 @@
 """fastflow: normalizing flows in PyTorch, fast, in both directions, with exact log-determinants."""
 
-from fastflow import distributions, functional, masks, scales
+from fastflow import distributions, functional, masks, scales, sharding
 from fastflow.backends import use_backend
 from fastflow.bijections import (
     MADE,
@@ -41,5 +41,6 @@ __all__ = [
     "masks",
     "revert",
     "scales",
+    "sharding",
     "use_backend",
 ]

@@ -41,7 +41,9 @@ def autoregressive(
         y (\*batch, D) and ladj (\*batch,).
 
     Raises:
-        TypeError, ValueError: an argument does not fit; the message names it.
+        TypeError, ValueError: an argument does not fit; the message names it. So with stairs of a
+            network that is not autoregressive, which are looked at when they come for the first
+            time, in both directions and on every backend (not in a graph, nor under capture).
 
     Source:
         Papamakarios, Pavlakou and Murray, 2017, arXiv 1705.07057; Kingma et al., 2016, arXiv
