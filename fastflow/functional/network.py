@@ -58,29 +58,23 @@ def run(
         The outputs of the op, with the batch shape of x and the terms.
     """
     setting = (NUMBERS[check_activation(op, activation)], bool(residual), *constants)
+    given = (op, x, weights, biases, stairs, terms, setting)
     plain = isinstance(weights, (list, tuple)) and isinstance(stairs, Tensor)
     plain = plain and not (recompute or torch.compiler.is_compiling())
-    if plain and (not affine or known_autoregressive(stairs, setting[1])):
-        # most calls need nothing below
-        lists = (
-            () if terms is None else terms,
-            weights,
-            (None,) * len(weights) if biases is None else biases,
-        )
-        outputs = by_node(op, x, *lists, stairs, setting)
-        if outputs is not None:
-            return outputs
+    known = not affine or (plain and known_autoregressive(stairs, setting[1]))
+    if plain and known and (outputs := _quickly(*given)) is not None:
+        return outputs  # most calls need nothing below
     weights = _tensors(op, "weights", weights)
     layers = len(weights)
     if not layers:
         raise ValueError(f"{op}: weights is empty, must hold at least one layer")
     biases = _tensors(op, "biases", [None] * layers if biases is None else biases, weights[0])
     terms = [] if terms is None else _tensors(op, "terms", terms, weights[0])
-    given = {x_name: x}
-    given |= {f"weights[{i}]": weight for i, weight in enumerate(weights)}
-    given |= {f"biases[{i}]": bias for i, bias in enumerate(biases)}
-    given |= {f"terms[{i}]": term for i, term in enumerate(terms)}
-    check_tensors(op, **given)
+    tensors = {x_name: x}
+    tensors |= {f"weights[{i}]": weight for i, weight in enumerate(weights)}
+    tensors |= {f"biases[{i}]": bias for i, bias in enumerate(biases)}
+    tensors |= {f"terms[{i}]": term for i, term in enumerate(terms)}
+    check_tensors(op, **tensors)
     _check_shapes(op, x_name, x, weights, biases, terms)
     check_stairs(op, x_name, x, weights, stairs)
     if affine and weights[-1].shape[0] != 2 * x.shape[-1]:
@@ -96,9 +90,11 @@ def run(
         )
     if affine:
         check_autoregressive(op, x.shape[-1], weights, stairs, setting[1])
+    if plain and not known and (outputs := _quickly(*given)) is not None:
+        return outputs
 
     dtype = x.dtype
-    for tensor in given.values():
+    for tensor in tensors.values():
         dtype = torch.promote_types(dtype, tensor.dtype)
     compute = torch.promote_types(dtype, torch.float32)
     x, weights, biases, terms = (
@@ -114,6 +110,21 @@ def run(
     )
     y, *rest = outputs
     return y.view(*batch, y.shape[-1]).to(dtype), *(one.view(batch) for one in rest)
+
+
+def _quickly(
+    op: str,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None,
+    stairs: Tensor,
+    terms: Sequence[Tensor | None] | None,
+    setting: tuple,
+) -> tuple[Tensor, ...] | None:
+    """The outputs by the autograd node, which makes its own checks; None if it declines."""
+    terms = () if terms is None else terms
+    biases = (None,) * len(weights) if biases is None else biases
+    return by_node(op, x, terms, weights, biases, stairs, setting)
 
 
 def _tensors(
