@@ -184,7 +184,7 @@ def test_local_residual(
 def outputs(saved: Tensor, net: Network, rows: int) -> Tensor:
     """(rows, D, 2): m and a by feature, from the tiles of `saved`, which end with them."""
     tile = 64
-    while tile > 16 and -(-rows // tile) < 8:
+    while tile > 16 and -(-rows // tile) < 6:
         tile //= 2
     units = sum(len(order) for order in net.orders[1:])
     by_row = saved.view(-1, units, tile)[:, -2 * net.features :].transpose(1, 2).flatten(0, 1)

@@ -32,12 +32,13 @@ struct MaskedLayer {
   void* dterm;    // (B, rows)
 };
 
-// Rows of a tile on a CPU: fewer where that is what lets threads share the work. Only the batch
-// decides, so that every op finds the same layout of `saved`.
+// Rows of a tile on a CPU: fewer where that is what lets threads share the work; half a dozen tiles
+// do, and every tile goes through all weights. Only the batch decides, so that every op finds the
+// same layout of `saved`.
 constexpr int64_t kMostTileRows = 64;
 inline int64_t tile_rows(int64_t batch) {
   int64_t rows = kMostTileRows;
-  while (rows > 16 && (batch + rows - 1) / rows < 8) rows /= 2;
+  while (rows > 16 && (batch + rows - 1) / rows < 6) rows /= 2;
   return rows;
 }
 
