@@ -23,7 +23,7 @@ struct Sigmoid {
 template <class T>
 FASTFLOW_HD Sigmoid<T> sigmoid(Vec<T> v) {
   const Vec<T> e = exp(-abs(v));
-  const Vec<T> larger = T(1) / (T(1) + e), smaller = e * larger;
+  const Vec<T> larger = reciprocal(T(1) + e), smaller = e * larger;
   const auto positive = v > T(0);
   return {select(positive, larger, smaller), select(positive, smaller, larger), e};
 }
@@ -38,7 +38,7 @@ template <class T>
 FASTFLOW_HD Activated<T> tanh_with_slope(Vec<T> v) {
   Vec<T> e, em;
   exp_expm1(T(-2) * abs(v), e, em);
-  const Vec<T> r = T(1) / (T(1) + e);
+  const Vec<T> r = reciprocal(T(1) + e);
   const Vec<T> t = -em * r;
   // 1 - t^2 has the smaller rounding error where it cancels nothing.
   return {copysign(t, v), select(t < T(0.5), T(1) - t * t, (T(4) * e) * r * r)};

@@ -63,6 +63,10 @@ FASTFLOW_HD double log(double x) { return ::log(x); }
 FASTFLOW_HD float log1p(float x) { return ::log1pf(x); }
 FASTFLOW_HD double log1p(double x) { return ::log1p(x); }
 
+// 1 / x for x in [1, 2], within an ulp; float vectors need no division.
+FASTFLOW_HD float reciprocal(float x) { return 1.0f / x; }
+FASTFLOW_HD double reciprocal(double x) { return 1.0 / x; }
+
 // e = exp(x), em = exp(x) - 1, each without cancellation; vectors share the range reduction.
 FASTFLOW_HD void exp_expm1(float x, float& e, float& em) {
   e = ::expf(x);

@@ -86,6 +86,20 @@ FASTFLOW_HD Vec<T> power_of_two(Vec<T> k) {
 #endif
 }
 
+// 1 / x for x in [1, 2], within an ulp: a Newton step from 14 bits takes a third of the cycles of a
+// division.
+template <class T>
+FASTFLOW_HD Vec<T> reciprocal(Vec<T> x) {
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+  if constexpr (sizeof(T) == 4) {
+    using Value = typename Vec<T>::Value;
+    const auto r = Vec<T>::from((Value)_mm512_maskz_rcp14_ps(__mmask16(-1), (__m512)x.value));
+    return r + r * (T(1) - x * r);
+  }
+#endif
+  return T(1) / x;
+}
+
 // e = exp(x), em = exp(x) - 1, for x <= 88: the formulas here take no exponential of more.
 template <class T>
 FASTFLOW_HD void exp_expm1(Vec<T> x, Vec<T>& e, Vec<T>& em) {

@@ -109,7 +109,7 @@ FASTFLOW_HD PlanarTanh<V> planar_tanh(V a) {
   using T = element_t<V>;
   V e, em;
   exp_expm1(T(-2) * abs(a), e, em);
-  const V r = T(1) / (T(1) + e);
+  const V r = reciprocal(T(1) + e);
   const V t = -em * r;
   // q = (1 - t) (1 + t) with 1 - t = 2 e r. Where 1 - t^2 cancels nothing it has the smaller
   // rounding error.
