@@ -10,26 +10,35 @@ namespace {
 template <class T>
 struct ForwardScratch;
 
+// P = b + T [+ the level before the last] for some units of a tile; T is in P. Null pointers: what
+// is missing.
+template <class T>
+void start_units(const T* bias, bool term, const T* skipped, int64_t units, int64_t R,
+                 int64_t vectors, T* p) {
+  constexpr int lanes = Vec<T>::lanes;
+  for (int64_t j = 0; j < units; ++j) {
+    const Vec<T> b(bias ? bias[j] : T(0));
+    for (int64_t r = j * R; r < j * R + vectors * lanes; r += lanes) {
+      Vec<T> sum = b;
+      if (term) sum += Vec<T>::load(p + r);
+      if (skipped) sum += Vec<T>::load(skipped + r);
+      sum.store(p + r);
+    }
+  }
+}
+
 // P = b + T [+ the level before the last] + W A, then A_next = act(P), block of units by block.
 template <class T>
 void forward_layer(const SortedLayer<T>& layer, Activation activation, const T* a, const T* skipped,
                    const TileShape& shape, int64_t tile, T* p, T* a_next) {
-  constexpr int lanes = Vec<T>::lanes;
   const int64_t R = shape.rows, vectors = shape.live_vectors<T>(tile);
   if (layer.term)
     load_tile(layer.term + tile * R * layer.rows, layer.rows, shape.live_rows(tile), layer.rows,
               layer.position, p, R);
   const auto before = [&](int64_t j0, int64_t units) {
     prefetch(p + (j0 + units) * R, std::min<int64_t>(kUnits, layer.rows - j0 - units) * R);
-    for (int64_t j = j0; j < j0 + units; ++j) {
-      const Vec<T> bias(layer.bias ? layer.bias[j] : T(0));
-      for (int64_t r = j * R; r < j * R + vectors * lanes; r += lanes) {
-        Vec<T> sum = bias;
-        if (layer.term) sum += Vec<T>::load(p + r);
-        if (layer.skip) sum += Vec<T>::load(skipped + r);
-        sum.store(p + r);
-      }
-    }
+    start_units(layer.bias ? layer.bias + j0 : nullptr, layer.term != nullptr,
+                layer.skip ? skipped + j0 * R : nullptr, units, R, vectors, p + j0 * R);
   };
   const auto after = [&](int64_t j0, int64_t units) {
     if (!layer.linear) activate_units(activation, p + j0 * R, units, R, vectors, a_next + j0 * R);

@@ -70,7 +70,7 @@ FASTFLOW_HD void unrolled(const F& f) {
 
 // c[j] += sum over k in [begin[j], end[j]) of w(j, k) a[k], for Units units and Vectors vectors.
 template <int Units, int Vectors, class T>
-inline void stair_block(Strided<T> w, const T* a, T* c, int64_t rows, const int64_t* begin,
+inline void stair_block(const Strided<T>& w, const T* a, T* c, int64_t rows, const int64_t* begin,
                         const int64_t* end) {
   constexpr int lanes = Vec<T>::lanes;
   Vec<T> sum[Units][Vectors];
@@ -152,6 +152,7 @@ void stair_product(const Matrix& w, const T* a, T* c, int64_t rows, int64_t vect
       ranges[j].end = std::max(ranges[j].begin, ranges[j].end);
     }
     before(j0, units);
+    const Strided<T> block_w = w.from_unit(j0);
     const int64_t last = ranges[units - 1].end;
     for (int64_t k0 = ranges[0].begin / kSteps * kSteps; k0 < last; k0 += kSteps) {
       int64_t begin[kUnits], end[kUnits];
@@ -161,8 +162,8 @@ void stair_product(const Matrix& w, const T* a, T* c, int64_t rows, int64_t vect
       }
       with_constant<kUnits>(units, [&](auto n) {
         const auto block = [&](auto width, int64_t v) {
-          stair_block<n, width>(w.from_unit(j0), a + v * lanes, c + j0 * rows + v * lanes, rows,
-                                begin, end);
+          stair_block<n, width>(block_w, a + v * lanes, c + j0 * rows + v * lanes, rows, begin,
+                                end);
         };
         int64_t v = 0;
         for (; v + kVectors <= vectors; v += kVectors)
