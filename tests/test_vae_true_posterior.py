@@ -178,7 +178,11 @@ def test_command_trains_on_few_images_and_takes_their_decoder_again(tmp_path, ca
 
     decoder = tmp_path / "few" / "decoder.safetensors"
     assert load_model(decoder, CPU)[1].posterior == "gaussian"
-    assert call(*common, "--decoder", decoder, "--out", tmp_path / "again") == 0
+    again = ["--decoder", decoder, "--lr", "0.01", "--out", tmp_path / "again"]
+    assert call(*common, *again) == 0
+    content = json.loads((tmp_path / "again" / "true_posterior.json").read_text())
+    assert content["settings"] == {"lr": 0.01}  # of the fits: the decoder's model keeps its own
+    assert content["config"]["lr"] == Config.lr
     assert (tmp_path / "again" / "decoder.safetensors").read_bytes() == decoder.read_bytes()
     assert call(*common, *words[:-1], tmp_path / "same") == 0
     for name in FILES:

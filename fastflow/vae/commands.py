@@ -16,7 +16,6 @@ from fastflow.vae.config import Config, choices, flag, refuse_without_effect
 from fastflow.vae.data import load
 from fastflow.vae.distributed import Team, local_device
 from fastflow.vae.errors import VaeError
-from fastflow.vae.registry import FLOW_SETTINGS
 from fastflow.vae.seeding import generator_for
 from fastflow.vae.splits import split
 
@@ -137,7 +136,7 @@ def plot(options: argparse.Namespace) -> None:
 def true_posterior(options: argparse.Namespace) -> None:
     """Fits posteriors to a few images and draws them beside the true posterior."""
     from fastflow.vae.compare import refuse_for_all
-    from fastflow.vae.four_images import Experiment, perform
+    from fastflow.vae.four_images import FIT_SETTINGS, Experiment, perform
 
     device, settings = _device(options.device), given_settings(options)
     posteriors = options.posteriors or choices("posterior")
@@ -147,7 +146,7 @@ def true_posterior(options: argparse.Namespace) -> None:
         experiment = Experiment.of_few(settings, options.images, options.iterations, root, device)
     else:
         for name in settings:
-            if name not in FLOW_SETTINGS:
+            if name not in FIT_SETTINGS:
                 raise VaeError(f"{flag(name, settings[name])} has no effect with --decoder")
         experiment = Experiment.of_checkpoint(
             options.decoder, options.images, options.data_root, device

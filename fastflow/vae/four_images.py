@@ -24,6 +24,7 @@ from fastflow.vae.seeding import generator_for
 from fastflow.vae.splits import split
 from fastflow.vae.true_posterior import GridDensity, fit, kl_to_true, true_posterior
 
+FIT_SETTINGS = (*FLOW_SETTINGS, "lr")  # those that a fit may have of its own
 PICTURE, NUMBERS, DECODER = "true_posterior.png", "true_posterior.json", "decoder.safetensors"
 
 
@@ -101,7 +102,7 @@ class Experiment:
 
         Arguments:
             posterior: its name.
-            settings: fields of `Config` that replace the experiment's, those of the flow.
+            settings: fields of `Config` that replace the experiment's, of `FIT_SETTINGS`.
             iterations: steps of Adam.
 
         Raises:
@@ -142,7 +143,7 @@ def perform(
         folder: exists.
         experiment: of which decoder and images.
         posteriors: their names.
-        settings: fields of `Config` of the flows.
+        settings: fields of `Config`, of which the fits use `FIT_SETTINGS`.
         iterations: steps of Adam for each.
         say: gets one line per posterior.
 
@@ -150,10 +151,10 @@ def perform(
         VaeError: a setting is wrong, or a fit fails.
         OSError: the folder cannot be written.
     """
-    flow_settings = {name: value for name, value in settings.items() if name in FLOW_SETTINGS}
+    own = {name: value for name, value in settings.items() if name in FIT_SETTINGS}
     models, divergences = {}, {}
     for posterior in posteriors:
-        models[posterior] = experiment.fit(posterior, flow_settings, iterations)
+        models[posterior] = experiment.fit(posterior, own, iterations)
         divergences[posterior] = experiment.divergences(models[posterior])
         figures = "  ".join(f"{kl:.4f} ± {error:.4f}" for kl, error in divergences[posterior])
         say(f"{posterior:10s} KL(q || p) of every image: {figures}")
@@ -163,7 +164,7 @@ def perform(
     save_model(folder / DECODER, experiment.model, experiment.config, experiment.shape)
     content = {
         "config": asdict(experiment.config),
-        "settings": flow_settings,
+        "settings": own,
         "iterations": iterations,
         "images": [
             {
