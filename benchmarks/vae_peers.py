@@ -177,7 +177,7 @@ def of_model(
         move = fastest(training, x.device) if fast else training
         return lambda _: move(x, noise)
 
-    return Chain(run, list(own.values()), collect, context, tuple(names), step)
+    return Chain(run, list(own.values()), collect, context, tuple(names), step=step)
 
 
 def _as_fastflow(grads: dict[str, Tensor]) -> dict[str, Tensor]:
