@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -174,11 +175,33 @@ def test_a_run_that_fails_does_not_end_the_others(tmp_path, images, monkeypatch,
     assert call("compare", "--out", out, "--data-root", images, "--resume") == 0
 
 
-def test_a_child_that_dies_is_a_failure(tmp_path, images, capsys):
-    words = [*COMMAND, "compare", *TINY, "--posteriors", "gaussian", "planar", "--jobs", "2"]
-    words += ["--data", "mnist", "--data-root", str(images / "nowhere"), "--out", tmp_path / "out"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "runs failed" in done.stderr
+def test_a_comparison_without_images_writes_nothing(tmp_path, images, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    out = tmp_path / "out"
+    assert compare(images / "nowhere", out) == 2
+    assert "mnist: not all files are in" in complaint(capsys)
+    assert not out.exists()
+
+
+def child(connection, task, threads):
+    """Stands for a process that may end without a word."""
+    if task.folder.name == "dead":
+        os._exit(7)
+    jobs._perform(task, connection.send, bars=False)
+
+
+def test_children_that_fail_or_die_are_failures(tmp_path, images, monkeypatch, capfd):
+    monkeypatch.setattr(jobs, "_child", child)
+    settings = {"data": "mnist", "validation": 10_000}
+    folders = [tmp_path / name for name in ("failing", "dead")]
+    tasks = [jobs.Task(folder, settings, images, torch.device("cpu")) for folder in folders]
+    lines = []
+    with jobs.tqdm(total=2, disable=True) as bar:
+        failures = jobs.perform(tasks, 2, bar, lines.append)
+    assert failures["dead"] == "ended with code 7"
+    assert failures["failing"].startswith("validation: 10000 must be less than")
+    assert sorted(lines) == sorted(f"{name}: {reason}" for name, reason in failures.items())
+    assert list(tmp_path.iterdir()) == [images] and capfd.readouterr().err == ""
 
 
 USAGE = {

@@ -173,6 +173,13 @@ def test_training_loss_by_hand():
         assert gradient.tolist() == [expected, expected]
 
 
+def test_without_free_bits_a_negative_estimate_of_the_divergence_counts():
+    kl = torch.tensor([1.0, -2.0], requires_grad=True)
+    loss = training_loss(ElboTerms(kl, torch.zeros(2), kl))
+    assert loss == -0.5
+    assert torch.autograd.grad(loss, kl)[0].tolist() == [0.5, 0.5]
+
+
 def test_encoder_and_decoder_start_alike_for_every_posterior():
     gaussian, iaf = (build(CONFIGS[name], SHAPE).state_dict() for name in ("gaussian", "iaf"))
     for name, value in gaussian.items():

@@ -109,6 +109,12 @@ def test_a_ring_is_on_the_grid_and_one_too_thin_for_it_is_refused():
         true_posterior(*ring_model(2.0, 1e-7))
 
 
+def test_a_density_that_is_not_finite_is_refused():
+    model, x = ring_model(2.0, 0.01)
+    with pytest.raises(VaeError, match="is not finite"):
+        true_posterior(model, x * math.inf)
+
+
 def test_other_latent_sizes_are_refused():
     model = build(Config(latent=3, hidden=4), SHAPE)
     with pytest.raises(VaeError, match="needs 2 latents, the model has 3"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn
 
@@ -146,7 +146,9 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> argparse.ArgumentPars
         "--samples", type=_count, metavar="K", help="draws per image; default: the checkpoint's"
     )
     _add_settings(evaluate, ["seed"], "the checkpoint's")
-    evaluate.add_argument("--out", type=_json, metavar="FILE", help="writes FILE.json, too")
+    evaluate.add_argument(
+        "--out", type=_file(".json"), metavar="FILE", help="writes FILE.json, too"
+    )
     return evaluate
 
 
@@ -159,7 +161,7 @@ def _add_sample(commands: argparse._SubParsersAction) -> argparse.ArgumentParser
     )
     _add_checkpoint(sample)
     sample.add_argument(
-        "--out", type=_picture, required=True, metavar="FILE", help="the picture, FILE.png"
+        "--out", type=_file(".png"), required=True, metavar="FILE", help="the picture, FILE.png"
     )
     sample.add_argument(
         "--grid", type=_count, default=8, metavar="N", help="images per side (default: 8)"
@@ -285,22 +287,22 @@ def _add_form(parser: argparse.ArgumentParser) -> None:
 
 
 def _count(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}") from error
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
     return value
 
 
-def _picture(text: str) -> Path:
-    return _file(text, ".png")
+def _file(suffix: str) -> Callable[[str], Path]:
+    """The type of an argument that names a file with a suffix."""
 
+    def path_of(text: str) -> Path:
+        path = Path(text)
+        if path.suffix.lower() != suffix:
+            raise argparse.ArgumentTypeError(f"must end in {suffix}, not {path.name!r}")
+        return path
 
-def _json(text: str) -> Path:
-    return _file(text, ".json")
-
-
-def _file(text: str, suffix: str) -> Path:
-    path = Path(text)
-    if path.suffix.lower() != suffix:
-        raise argparse.ArgumentTypeError(f"must end in {suffix}, not {path.name!r}")
-    return path
+    return path_of

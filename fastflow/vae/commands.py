@@ -17,7 +17,7 @@ from fastflow.vae.data import load
 from fastflow.vae.distributed import Team, local_device
 from fastflow.vae.errors import VaeError
 from fastflow.vae.seeding import generator_for
-from fastflow.vae.splits import split
+from fastflow.vae.splits import splits_of
 
 if TYPE_CHECKING:
     from fastflow.vae.checkpoint import State
@@ -90,15 +90,11 @@ def evaluate(options: argparse.Namespace) -> None:
     if options.samples is not None:
         settings["importance_samples"] = options.samples
     config = replace(config, **settings)
-    data = load(config.data, _data_root(options, config.data))
-    if data.shape != shape:
-        raise VaeError(
-            f"images of {config.data} are {data.shape}, {options.checkpoint} has {shape}"
-        )
-    test = evaluate_run(model, config, split(data, config).test.to(device))
+    data = splits_of(options.checkpoint, config, shape, _data_root(options, config.data))
+    test = evaluate_run(model, config, data.test.to(device))
+    _say(json.dumps(test, indent=2))
     if options.out is not None:
         write_json(options.out, test)
-    _say(json.dumps(test, indent=2))
 
 
 def sample(options: argparse.Namespace) -> None:
@@ -139,6 +135,8 @@ def true_posterior(options: argparse.Namespace) -> None:
     from fastflow.vae.four_images import FIT_SETTINGS, Experiment, perform
 
     device, settings = _device(options.device), given_settings(options)
+    if options.out.exists() and not options.out.is_dir():  # said before hours of fitting
+        raise VaeError(f"{options.out}: is not a folder")
     posteriors = options.posteriors or choices("posterior")
     refuse_for_all(posteriors, settings)
     if options.decoder is None:

@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from fastflow.vae.config import Config, choices, parse_json, refuse_without_effect
+from fastflow.vae.data import load
 from fastflow.vae.errors import VaeError
 from fastflow.vae.files import write_json
 from fastflow.vae.jobs import Task, perform
@@ -48,7 +49,7 @@ class Comparison:
         settings: dict[str, Any],
         resume: bool,
     ) -> Comparison:
-        """Starts a comparison in a folder that holds none, or continues one.
+        """Starts a comparison in a folder that holds none, or continues one; writes nothing yet.
 
         Arguments:
             folder: as of the class.
@@ -81,10 +82,6 @@ class Comparison:
                 find_state(run, run_settings)
             else:
                 require_no_run(run)
-        folder.mkdir(parents=True, exist_ok=True)
-        content = asdict(comparison)
-        del content["folder"]
-        write_json(path, content)
         return comparison
 
     @property
@@ -120,8 +117,15 @@ class Comparison:
             say: gets one line per epoch.
 
         Raises:
-            VaeError: a run failed; the others are finished nevertheless.
+            VaeError: the images are not there, and nothing was written; or a run failed, and the
+                others are finished nevertheless.
+            OSError: the folder cannot be written.
         """
+        load(self.data, data_root)  # every run loads them again, but would have begun by then
+        self.folder.mkdir(parents=True, exist_ok=True)
+        content = asdict(self)
+        del content["folder"]
+        write_json(self.folder / SETTINGS_FILE, content)
         runs = self.runs()
         tasks, epochs = [], 0
         for folder, settings in runs.items():
@@ -197,6 +201,8 @@ def _read(path: Path) -> dict[str, Any]:
         and set(content) == set(types)
         and all(isinstance(content[name], kind) for name, kind in types.items())
         and set(content["settings"]) <= {field.name for field in fields(Config)}
+        and all(type(name) is str for name in content["posteriors"])
+        and all(type(seed) is int for seed in content["seeds"])
     )
     if not good:
         raise VaeError(f"{path}: holds no settings of a comparison")

@@ -29,5 +29,6 @@ def show_image(axes: Axes, picture: Tensor, shape: tuple[int, int]) -> None:
 def save_figure(figure: Figure, path: Path) -> None:
     """Writes a figure as PNG, in one step."""
     content = io.BytesIO()
-    figure.savefig(content, format="png")
+    # tight: panels of a fixed aspect may leave the cells that the layout gave them
+    figure.savefig(content, format="png", bbox_inches="tight")
     write_bytes(path, content.getvalue())

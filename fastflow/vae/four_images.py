@@ -16,12 +16,11 @@ from fastflow.vae.compare import concerning
 from fastflow.vae.config import Config
 from fastflow.vae.contours import draw_true_posterior
 from fastflow.vae.data import load
-from fastflow.vae.errors import VaeError
 from fastflow.vae.files import write_json
 from fastflow.vae.models import VAE, build
 from fastflow.vae.registry import FLOW_SETTINGS
 from fastflow.vae.seeding import generator_for
-from fastflow.vae.splits import split
+from fastflow.vae.splits import split, splits_of
 from fastflow.vae.true_posterior import GridDensity, fit, kl_to_true, true_posterior
 
 FIT_SETTINGS = (*FLOW_SETTINGS, "lr")  # those that a fit may have of its own
@@ -85,9 +84,7 @@ class Experiment:
             VaeError: the checkpoint is damaged or has other images, or these are not there.
         """
         model, config, shape = load_model(path, device)
-        data = split(load(config.data, data_root), config).to(device)
-        if data.shape != shape:
-            raise VaeError(f"images of {config.data} are {data.shape}, those of {path} are {shape}")
+        data = splits_of(path, config, shape, data_root).to(device)
         return cls._with_true(model, config, data.test[:count], shape)
 
     @classmethod

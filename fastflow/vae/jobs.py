@@ -81,10 +81,10 @@ def perform(
 
 
 def _perform(task: Task, say: Callable[[Progress], None], bars: bool) -> None:
-    """Trains and evaluates one run in this process. A failure that concerns this run alone is said,
-    every other one raised."""
-    data = load(task.settings.get("data", Config.data), task.data_root)
+    """Trains and evaluates one run in this process. What keeps it from that is said; what would
+    keep the other runs from it too, such as a full disk, is raised."""
     try:
+        data = load(task.settings.get("data", Config.data), task.data_root)
         state = find_state(task.folder, task.settings)
         if state is None:
             run = Run.start(task.folder, Config(**task.settings), data, task.device)

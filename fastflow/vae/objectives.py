@@ -167,7 +167,8 @@ def training_loss(
 
     with bars for averages over samples and batch. The latents form one group: a flow's divergence
     is no sum over latents, and posteriors shall be compared under one objective. Below
-    :math:`\lambda` the divergence is free and has no gradient.
+    :math:`\lambda` the divergence is free and has no gradient. For :math:`\lambda = 0` the second
+    term is :math:`\beta \overline{KL}`: an estimate of the divergence may be negative.
 
     Arguments:
         terms: what `negative_elbo` returns.
@@ -185,7 +186,10 @@ def training_loss(
         >>> training_loss(terms), training_loss(terms, kl_weight=0.5, free_bits=4.0)
         (tensor(4.), tensor(5.))
     """
-    return terms.reconstruction.mean() + kl_weight * terms.kl.mean().clamp(min=free_bits)
+    kl = terms.kl.mean()
+    if free_bits:  # a bound of 0 would bias the loss where an estimate is negative
+        kl = kl.clamp(min=free_bits)
+    return terms.reconstruction.mean() + kl_weight * kl
 
 
 def importance_weighted_bound(log_weights: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def draw_learning_curves(
         axes.plot(range(1, len(mean) + 1), mean, color=colour, marker=marker, label=label)
     if everything:  # the first epochs are far above: leave them out where they hide the rest
         ordered = sorted(everything)
-        low, high = ordered[0], ordered[int(0.95 * (len(ordered) - 1))]
+        low, high = ordered[0], ordered[math.ceil(0.95 * (len(ordered) - 1))]
         axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
     axes.set(title="−ELBO of the test images", xlabel="epoch", ylabel="−ELBO  (nats per image)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))

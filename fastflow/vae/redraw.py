@@ -9,11 +9,10 @@ import torch
 
 from fastflow.vae.checkpoint import load_model
 from fastflow.vae.config import Config
-from fastflow.vae.data import load
 from fastflow.vae.errors import VaeError
 from fastflow.vae.models import VAE
 from fastflow.vae.pictures import draw_comparison, draw_run
-from fastflow.vae.splits import Splits, split
+from fastflow.vae.splits import Splits, splits_of
 from fastflow.vae.summary import read_result
 
 
@@ -63,8 +62,6 @@ def draw_runs(
 
 def _load(folder: Path, data_root: Path | None, device: torch.device) -> tuple[VAE, Config, Splits]:
     """The model of a run, its settings and its images."""
-    model, config, shape = load_model(folder / "model.safetensors", device)
-    data = split(load(config.data, data_root), config).to(device)
-    if data.shape != shape:
-        raise VaeError(f"images of {config.data} are {data.shape}, those of {folder} are {shape}")
-    return model, config, data
+    path = folder / "model.safetensors"
+    model, config, shape = load_model(path, device)
+    return model, config, splits_of(path, config, shape, data_root).to(device)

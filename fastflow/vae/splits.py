@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastflow.vae.config import Config
-from fastflow.vae.data import ImageData, checked
+from fastflow.vae.data import ImageData, checked, load
 from fastflow.vae.errors import VaeError
 from fastflow.vae.seeding import generator_for
 
@@ -53,6 +54,26 @@ def split(data: ImageData, config: Config) -> Splits:
     test = torch.bernoulli(test, generator=_generator(config, "test pixels"))
     source = binary if config.binarise == "static" else train
     return Splits(source[kept], binary[held], test, data.shape)
+
+
+def splits_of(
+    model_file: Path, config: Config, shape: tuple[int, int], data_root: Path | None
+) -> Splits:
+    """Loads the image set that the settings of a trained model name, and makes its splits.
+
+    Arguments:
+        model_file: the checkpoint of the model, for the message.
+        config: its settings.
+        shape: (H, W) of its images.
+        data_root: where the images are, see `fastflow.vae.data.load`.
+
+    Raises:
+        VaeError: the images are not there, or have another shape.
+    """
+    data = load(config.data, data_root)
+    if data.shape != shape:
+        raise VaeError(f"images of {config.data} are {data.shape}, {model_file} has {shape}")
+    return split(data, config)
 
 
 def _generator(config: Config, name: str) -> torch.Generator:

@@ -18,6 +18,7 @@ LARGEST_SIDE = 801  # for ridges across the axes and for several modes, as fine 
 FIRST_HALF = 6.0  # of the first square; the prior has a mass of 4e-9 outside
 DEPTH = 20.0  # nats below the maximum that the grid reaches: e^-20 is 2e-9
 LARGEST_HALF = 100.0
+MOST_GRIDS = 50  # a ridge seen on a fine grid and missed on a coarse one could take turns for ever
 LARGEST_BORDER, LARGEST_ERROR = 1e-6, 1e-3  # what a grid must keep, else it is refused
 
 
@@ -61,8 +62,10 @@ def true_posterior(model: VAE, x: Tensor) -> GridDensity:
             f"the true posterior needs 2 latents, the model has {model.posterior.latent}"
         )
     half, centre = x.new_full((2,), FIRST_HALF), x.new_zeros(2)
-    while True:
+    for _ in range(MOST_GRIDS):
         points, values = _on_grid(model, x, centre, half, SIDE)
+        if not values.max().isfinite():
+            raise VaeError("the true posterior is not finite, the decoder's outputs are too large")
         low, high = _extent(points, values)
         if half[0] < LARGEST_HALF and _touches(low, high, centre, half):
             half = 2 * half
@@ -71,6 +74,8 @@ def true_posterior(model: VAE, x: Tensor) -> GridDensity:
         if (smaller > 0.8 * half).all():
             break
         centre, half = (low + high) / 2, torch.minimum(smaller, half)
+    else:
+        raise VaeError(f"the true posterior fits none of {MOST_GRIDS} grids that were tried")
     side, density = SIDE, _normalised(points, values, half)
     while density.quadrature_error > LARGEST_ERROR and side < LARGEST_SIDE:
         side = 2 * side - 1
