@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 def train(options: argparse.Namespace) -> None:
     """Trains one model into its run folder."""
-    from fastflow.vae.training import Run, find_state, require_no_run
+    from fastflow.vae.run_folder import find_state, require_no_run
+    from fastflow.vae.training import Run
 
     settings, device = given_settings(options), local_device(_device(options.device))
     config = Config(**settings)

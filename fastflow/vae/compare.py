@@ -15,8 +15,8 @@ from fastflow.vae.data import load
 from fastflow.vae.errors import VaeError
 from fastflow.vae.files import write_json
 from fastflow.vae.jobs import Task, perform
+from fastflow.vae.run_folder import find_state, require_no_run
 from fastflow.vae.summary import is_finished
-from fastflow.vae.training import find_state, require_no_run
 
 SETTINGS_FILE = "settings.json"
 

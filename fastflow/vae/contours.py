@@ -59,6 +59,8 @@ def draw_posterior(
         axes.set(xlabel="$z_1$", ylabel="$z_2$" if column == 0 else None, aspect="equal")
     low, high = everything.amin((0, 1)).tolist(), everything.amax((0, 1)).tolist()
     panels[0].set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
+    for axis in (panels[0].xaxis, panels[0].yaxis):  # their lengths are equal, so are their steps
+        axis.set_major_locator(MaxNLocator(6))
     masses = ", ".join(f"{100 * mass:.0f}" for mass in MASSES)
     legend = [Line2D([], [], color=PRIOR, lw=0.8, label="prior N(0, I), at the |z| written on it")]
     if has_flow:
@@ -141,9 +143,10 @@ def _contour(axes: Axes, points: Tensor, log_prob: Tensor, colour: str, filled: 
     density = torch.exp(log_prob - log_prob.max())
     ordered = density.flatten().sort(descending=True).values.double()
     enclosed = ordered.cumsum(0) / ordered.sum()
-    levels = [ordered[int((enclosed < mass).sum())].item() for mass in MASSES]
+    # fewer than MASSES where one point of the grid holds the mass of several
+    levels = sorted({ordered[int((enclosed < mass).sum())].item() for mass in MASSES})
     if filled:
-        for level, alpha in zip(levels, (0.15, 0.2, 0.3), strict=True):
+        for level, alpha in zip(levels, (0.15, 0.2, 0.3)):
             axes.contourf(z_1, z_2, _on_grid(density), [level, 2], colors=[colour], alpha=alpha)
     style = "solid" if filled else "dashed"
     axes.contour(z_1, z_2, _on_grid(density), levels, colors=[colour], linestyles=style)

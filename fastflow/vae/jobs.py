@@ -20,7 +20,8 @@ from tqdm import tqdm
 from fastflow.vae.config import Config
 from fastflow.vae.data import load
 from fastflow.vae.errors import VaeError
-from fastflow.vae.training import Run, find_state
+from fastflow.vae.run_folder import find_state
+from fastflow.vae.training import Run
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
-"""Training: a run folder that is complete after every epoch and can always be resumed."""
+"""Training: a run whose folder is complete after every epoch and can always be resumed."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -16,7 +16,6 @@ from tqdm import tqdm
 from fastflow.vae.checkpoint import (
     RECORD,
     State,
-    load_state,
     optimizer_tensors,
     record_of,
     restore_model,
@@ -24,30 +23,21 @@ from fastflow.vae.checkpoint import (
     save_model,
     save_state,
 )
-from fastflow.vae.config import Config, flag
+from fastflow.vae.config import Config
 from fastflow.vae.data import ImageData
 from fastflow.vae.distributed import Team
 from fastflow.vae.errors import VaeError
 from fastflow.vae.evaluation import evaluate_run, mean_negative_elbo
 from fastflow.vae.files import remove_leftovers, write_csv, write_json
 from fastflow.vae.models import VAE, build
-from fastflow.vae.pictures import RUN_PICTURES, draw_run
+from fastflow.vae.pictures import draw_run
+from fastflow.vae.run_folder import FILES, STATE_FILE, require_no_run
 from fastflow.vae.schedules import kl_weight, learning_rate
 from fastflow.vae.seeding import generator_for
 from fastflow.vae.splits import Splits, split
 from fastflow.vae.steps import TrainingStep, fastest, make_optimizer
 
 ALONE = Team()
-STATE_FILE = "state.safetensors"
-FILES = (
-    STATE_FILE,
-    "config.json",
-    "metrics.json",
-    "metrics.csv",
-    "timing.json",
-    "model.safetensors",
-    *RUN_PICTURES,
-)
 
 
 @dataclass
@@ -272,48 +262,3 @@ def best_epoch(history: Sequence[dict[str, float]]) -> int:
     """The first epoch of the lowest validation loss; without validation, the last; 0 if none."""
     losses = [record["validation_loss"] for record in history if "validation_loss" in record]
     return losses.index(min(losses)) + 1 if losses else len(history)
-
-
-def require_no_run(folder: Path) -> None:
-    """Refuses a folder that holds a run, or that is no folder.
-
-    Raises:
-        VaeError: a file of a run lies there.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise VaeError(f"{folder}: is not a folder")
-    held = [name for name in FILES if (folder / name).exists()]
-    if STATE_FILE in held:
-        raise VaeError(f"{folder}: already holds a run; --resume continues it")
-    if held:
-        raise VaeError(f"{folder}: holds {held[0]} of a run, but no {STATE_FILE} to resume from")
-
-
-def find_state(folder: Path, settings: dict[str, object]) -> State | None:
-    """Reads the state of the run in a folder, None if there is none, and fits it to settings.
-
-    Arguments:
-        folder: the folder of a run, or one that is empty or missing.
-        settings: fields of `Config` that the caller asks for; all but `importance_samples` and,
-            under a constant learning rate, `epochs` must be those of the run.
-
-    Raises:
-        VaeError: the state is damaged, or a setting differs.
-    """
-    if not (folder / STATE_FILE).exists():
-        require_no_run(folder)
-        return None
-    state = load_state(folder / STATE_FILE)
-    changeable = ["importance_samples"]
-    if state.config.schedule == "constant":  # any other depends on the number of epochs
-        changeable.append("epochs")
-    for name, value in settings.items():
-        held = getattr(state.config, name)
-        if name not in changeable and value != held:
-            raise VaeError(f"{folder}: its run has {flag(name, held)}, not {flag(name, value)}")
-    config = replace(state.config, **settings)
-    if config.epochs < len(state.history):
-        raise VaeError(
-            f"{folder}: has {len(state.history)} epochs already, --epochs is {config.epochs}"
-        )
-    return replace(state, config=config)
