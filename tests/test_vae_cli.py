@@ -16,7 +16,7 @@ from vae_files import NAMES, idx_bytes, random_images, write_images
 
 from fastflow import vae
 from fastflow.vae import cli
-from fastflow.vae.training import FILES
+from fastflow.vae.run_folder import FILES
 
 COMMAND = [sys.executable, "-W", "ignore", "-m", "fastflow.vae"]
 TINY = ["--hidden", "8", "--epochs", "1", "--importance-samples", "4", "--device", "cpu"]
@@ -68,20 +68,20 @@ def wait_for_epochs(process, folder, count):
     raise AssertionError(f"the run ended or hung before epoch {count}")
 
 
-def test_killed_and_interrupted_runs_end_like_an_unbroken_one(tmp_path):
+def test_killed_and_interrupted_runs_end_like_an_unbroken_one(tmp_path, capsys):
     pytest.importorskip("sklearn")
-    settings = ["--posterior", "planar", "--epochs", "30", "--hidden", "50", "--seed", "3"]
+    settings = ["--posterior", "planar", "--epochs", "15", "--hidden", "50", "--seed", "3"]
     settings += ["--importance-samples", "8"]
-    words = [*COMMAND, "train", *settings, "--threads", "1", "--device", "cpu", "--out"]
+    words = ["train", *settings, "--threads", "1", "--device", "cpu", "--out"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    done = subprocess.run([*words, whole], capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and done.stderr == ""
-    assert done.stdout.count("images/s") == 30 and "test: -ELBO" in done.stdout
+    assert call(*words, whole) == 0
+    said = capsys.readouterr()
+    assert said.out.count("images/s") == 15 and "test: -ELBO" in said.out and said.err == ""
     assert {path.name for path in whole.iterdir()} == set(FILES)
 
-    for count, number, code in ((3, signal.SIGKILL, -signal.SIGKILL), (9, signal.SIGINT, 130)):
+    for count, number, code in ((2, signal.SIGKILL, -signal.SIGKILL), (5, signal.SIGINT, 130)):
         process = subprocess.Popen(
-            [*words, broken, "--resume"],
+            [*COMMAND, *words, broken, "--resume"],
             stderr=subprocess.PIPE,
             text=True,
             # shells ignore it in what they run in the background, and children inherit that
@@ -272,7 +272,15 @@ def test_manifold_of_other_latent_sizes(tmp_path, images, capsys):
 
 @pytest.mark.parametrize("package", ["safetensors", "matplotlib.axes", "tqdm"])
 def test_missing_package_is_named(tmp_path, images, capsys, monkeypatch, package):
-    for name in ("training", "checkpoint", "figures", "plots", "contours", "pictures"):
+    for name in (
+        "training",
+        "run_folder",
+        "checkpoint",
+        "figures",
+        "plots",
+        "contours",
+        "pictures",
+    ):
         # forget what was imported already
         monkeypatch.delitem(sys.modules, f"fastflow.vae.{name}", raising=False)
         monkeypatch.delattr(vae, name, raising=False)

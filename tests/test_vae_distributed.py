@@ -16,7 +16,7 @@ pytest.importorskip("tqdm")
 from safetensors.torch import load_file
 from vae_files import SHAPE, write_images
 
-from fastflow.vae import Config, build, graphs
+from fastflow.vae import Config, build, cli, graphs
 from fastflow.vae.distributed import Team
 from fastflow.vae.graphs import WARM_UP, GraphedStep
 from fastflow.vae.steps import TrainingStep, make_optimizer
@@ -99,8 +99,7 @@ def metrics(folder):
 def test_torchrun_trains_and_resumes_what_one_process_trains(tmp_path):
     images = write_images(tmp_path / "images")
     common = [*TINY, "--data-root", images]
-    alone = [sys.executable, "-W", "ignore", "-m", "fastflow.vae", "train", *common, "--out"]
-    subprocess.run([*map(str, alone), tmp_path / "one"], check=True, capture_output=True)
+    assert cli.main([*map(str, ["train", *common, "--out", tmp_path / "one"])]) == 0
     done = torchrun(2, *common, "--epochs", 1, "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("images/s") == 1 and done.stdout.count("test: -ELBO") == 1
@@ -132,8 +131,6 @@ def test_a_process_that_fails_ends_all(tmp_path):
 
 
 def test_torchrun_is_for_train(monkeypatch, capsys, tmp_path):
-    from fastflow.vae import cli
-
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main(["compare", "--out", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err == "fastflow.vae: error: compare: torchrun is for train alone\n"

@@ -27,7 +27,8 @@ from fastflow.vae import (
     training_loss,
 )
 from fastflow.vae.checkpoint import load_model
-from fastflow.vae.training import FILES, STATE_FILE, Run, best_epoch, find_state
+from fastflow.vae.run_folder import FILES, STATE_FILE, find_state
+from fastflow.vae.training import Run, best_epoch
 
 CPU = torch.device("cpu")
 CONFIG = Config(
