@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -92,13 +92,13 @@ def available(device: str = "cpu", op: str | None = None) -> list[str]:
     return [name for name in found if op is None or _registry[name].locate(op) is not None]
 
 
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: str) -> AbstractContextManager[None]:
     """Run the enclosed calls with one backend, or raise if it cannot be had.
 
-    The choice is that of the whole process: while the block lasts, calls of other threads follow it
-    too. Blocks nest; those of several threads must not overlap. A backward pass runs on the choice
-    that was in force in its forward pass, wherever and whenever it runs.
+    It has an effect in a `with` statement only. The choice is that of the whole process: while the
+    block lasts, calls of other threads follow it too. Blocks nest; those of several threads must
+    not overlap. A backward pass runs on the choice that was in force in its forward pass, wherever
+    and whenever it runs.
 
     Arguments:
         name: "reference", "cpp", "triton" or "cuda".
@@ -119,6 +119,11 @@ def use_backend(name: str) -> Iterator[None]:
     reason = status(name)
     if reason is not None:
         raise RuntimeError(f"use_backend: {name} is not available: {reason}")
+    return _choose(name)
+
+
+@contextmanager
+def _choose(name: str) -> Iterator[None]:
     global _chosen
     outer, _chosen = _chosen, name
     try:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Transform, constraints
 
-from fastflow.bijections.base import Bijection, check_features, refuse_context
+from fastflow.bijections.base import Bijection, check_bijection, check_features, refuse_context
 from fastflow.functional.checks import check_tensors
 from fastflow.memo import Memo, tensors_of
 from fastflow.transforms import transforms_active
@@ -61,10 +61,7 @@ class BijectionTransform(Transform):
     ) -> None:
         super().__init__(cache_size)
         owner = type(self).__name__
-        if not isinstance(bijection, Bijection):
-            raise TypeError(
-                f"{owner}: bijection is a {type(bijection).__name__}, must be a fastflow.Bijection"
-            )
+        check_bijection(owner, "bijection", bijection)
         check_context(owner, bijection, context)
         self.bijection, self.context = bijection, context
         self._ladj = Memo()

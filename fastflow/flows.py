@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 
 from fastflow.bijections.autoregressive import MaskedAffineAutoregressive
-from fastflow.bijections.base import Bijection, positive_int, refuse_context
+from fastflow.bijections.base import Bijection, check_bijection, positive_int, refuse_context
 from fastflow.bijections.composition import Chain, Inverse
 from fastflow.distributions import FlowDistribution
 from fastflow.functional.checks import check_tensors
@@ -52,10 +52,7 @@ class Flow(nn.Module):
 
     def __init__(self, bijection: Bijection, base: Distribution | None = None) -> None:
         super().__init__()
-        if not isinstance(bijection, Bijection):
-            raise TypeError(
-                f"Flow: bijection is a {type(bijection).__name__}, must be a fastflow.Bijection"
-            )
+        check_bijection("Flow", "bijection", bijection)
         if base is not None:
             if not isinstance(base, Distribution):
                 raise TypeError(

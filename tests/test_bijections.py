@@ -266,6 +266,26 @@ def test_reprs_name_what_matters() -> None:
             "bijection 2 takes a context of 4 features, another before it one of 3",
         ),
         (lambda: Inverse(torch.nn.Identity()), TypeError, "bijection is a Identity"),
+        (
+            lambda: Inverse(fastflow.Bijection()),
+            TypeError,
+            "Inverse: bijection, a Bijection, must have an integer attribute `features`",
+        ),
+        (
+            lambda: fastflow.MAF(2).log_prob([0.0, 0.0]),
+            TypeError,
+            "MaskedAffineAutoregressive: x is a list, must be a torch.Tensor",
+        ),
+        (
+            lambda: fastflow.IAF(2, context_features=3).double()(torch.zeros(2), torch.zeros(3)),
+            TypeError,
+            "MADE: context is torch.float32, must be torch.float64 as the parameters are",
+        ),
+        (
+            lambda: ConditionalPlanarFlow(2, 3)(torch.zeros(2), torch.zeros(3).double()),
+            TypeError,
+            "context is torch.float64, must be torch.float32 as the parameters are",
+        ),
         (lambda: Permutation([0, 0]), ValueError, r"order is \[0, 0\]"),
         (lambda: Permutation([]), ValueError, "order is"),
         (lambda: Permutation([1, 0])(torch.zeros(3)), ValueError, "x has shape"),

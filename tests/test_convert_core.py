@@ -123,6 +123,14 @@ def test_what_is_no_module_is_refused(function) -> None:
         function([layer()])
 
 
+def test_what_was_converted_before_is_said() -> None:
+    own = layer()
+    assert not fastflow.convert(own).before
+    report = fastflow.convert(own)
+    assert [row.path for row in report.before] == [""] and not report.replaced
+    assert str(report).splitlines()[-1].endswith("before")
+
+
 def test_a_model_without_such_layers() -> None:
     report = fastflow.convert(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
     assert not report.replaced and not report.skipped

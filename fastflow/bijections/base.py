@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 
@@ -18,9 +19,27 @@ class Bijection(nn.Module):
     one. All others refuse a context. Bijections made of others take one if any of their members
     does, and give it to those members alone, so that both kinds may be mixed.
 
+    A bijection of your own sets `features` and defines both methods, with a context that may be
+    None; it then works in `Chain`, `Inverse`, `Flow` and everything built on them.
+
     Attributes:
         features: D, the size of the last dimension.
         context_features: C, the size of the context's last dimension; 0 if there is no context.
+
+    Example:
+        >>> class Scaling(Bijection):
+        ...     def __init__(self, features):
+        ...         super().__init__()
+        ...         self.features = features
+        ...         self.log_scale = nn.Parameter(torch.zeros(features))
+        ...
+        ...     def forward(self, x, context=None):
+        ...         return x * self.log_scale.exp(), self.log_scale.sum().expand(x.shape[:-1])
+        ...
+        ...     def inverse(self, y, context=None):
+        ...         return y * (-self.log_scale).exp(), -self.log_scale.sum().expand(y.shape[:-1])
+        >>> Flow(Scaling(3)).sample((5,)).shape
+        torch.Size([5, 3])
     """
 
     features: int
@@ -73,11 +92,33 @@ def positive_int(owner: str, name: str, value: int, least: int = 1) -> int:
     return value
 
 
+def check_bijection(owner: str, name: str, value: Bijection) -> None:
+    """Raises TypeError unless the value is a bijection that says how many features it has."""
+    kind = type(value).__name__
+    if not isinstance(value, Bijection):
+        raise TypeError(f"{owner}: {name} is a {kind}, must be a fastflow.Bijection")
+    if not isinstance(getattr(value, "features", None), int):
+        raise TypeError(f"{owner}: {name}, a {kind}, must have an integer attribute `features`")
+
+
 def check_features(owner: str, name: str, tensor: Tensor, features: int) -> None:
-    """Raises ValueError unless the tensor's last dimension has this size."""
+    """Raises ValueError unless the last dimension has this size, TypeError if it is no tensor."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{owner}: {name} is a {type(tensor).__name__}, must be a torch.Tensor")
     if not tensor.dim() or tensor.shape[-1] != features:
         raise ValueError(
             f"{owner}: {name} has shape {tuple(tensor.shape)}, must be (..., {features})"
+        )
+
+
+def check_type(owner: str, name: str, tensor: Tensor, parameter: Tensor) -> None:
+    """Raises TypeError unless a tensor has the type of the parameters that it meets.
+
+    PyTorch's own layers refuse a mix too, without a name; under autocast there is none.
+    """
+    if tensor.dtype != parameter.dtype and not torch.is_autocast_enabled(tensor.device.type):
+        raise TypeError(
+            f"{owner}: {name} is {tensor.dtype}, must be {parameter.dtype} as the parameters are"
         )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastflow import masks
 from fastflow.bijections.arranged import Arranged
-from fastflow.bijections.base import Bijection, check_features, refuse_context
+from fastflow.bijections.base import Bijection, check_bijection, check_features, refuse_context
 
 
 class Chain(Bijection):
@@ -39,11 +39,7 @@ class Chain(Bijection):
         if not bijections:
             raise ValueError("Chain: bijections is empty, must hold at least one")
         for position, bijection in enumerate(bijections):
-            if not isinstance(bijection, Bijection):
-                raise TypeError(
-                    f"Chain: bijection {position} is a {type(bijection).__name__}, "
-                    "must be a fastflow.Bijection"
-                )
+            check_bijection("Chain", f"bijection {position}", bijection)
             if bijection.features != bijections[0].features:
                 raise ValueError(
                     f"Chain: bijection {position} has {bijection.features} features, "
@@ -116,10 +112,7 @@ class Inverse(Bijection):
 
     def __init__(self, bijection: Bijection) -> None:
         super().__init__()
-        if not isinstance(bijection, Bijection):
-            raise TypeError(
-                f"Inverse: bijection is a {type(bijection).__name__}, must be a fastflow.Bijection"
-            )
+        check_bijection("Inverse", "bijection", bijection)
         self.features = bijection.features
         self.context_features = bijection.context_features
         self.bijection = bijection

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastflow import masks
 from fastflow.bijections.arranged import Arranged
-from fastflow.bijections.base import check_features, positive_int, refuse_context
+from fastflow.bijections.base import check_features, check_type, positive_int, refuse_context
 from fastflow.functional.made import made
 from fastflow.functional.network import check_activation
 from fastflow.reference.network import reach
@@ -131,6 +131,7 @@ class MADE(Arranged):
                     f"MADE: context is {got}, must be a tensor (*batch, {self.context_features})"
                 )
             check_features("MADE", "context", context, self.context_features)
+            check_type("MADE", "context", context, self.context_layer.weight)
             terms = [self.context_layer(context), *[None] * (len(layers) - 1)]
         return {
             "weights": [layer.weight for layer in layers],

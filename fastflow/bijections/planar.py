@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from fastflow.bijections.base import Bijection, check_features, positive_int, refuse_context
+from fastflow.bijections.base import (
+    Bijection,
+    check_features,
+    check_type,
+    positive_int,
+    refuse_context,
+)
 from fastflow.functional.checks import broadcast_batches, check_tensors
 from fastflow.functional.planar_flow import check_constraint, planar_flow, planar_flow_inverse
 
@@ -146,11 +152,13 @@ class ConditionalPlanarFlow(Bijection):
             w, u (\*batch, K, D) and b (\*batch, K).
 
         Raises:
-            TypeError: the context is not a floating-point tensor.
+            TypeError: the context is not a floating-point tensor, or of another type than the
+                parameters.
             ValueError: its last dimension is not of size C.
         """
         check_tensors("ConditionalPlanarFlow", context=context)
         check_features("ConditionalPlanarFlow", "context", context, self.context_features)
+        check_type("ConditionalPlanarFlow", "context", context, self.network[-1].weight)
         size = self.steps * self.features
         w, u, b = self.network(context).split([size, size, self.steps], dim=-1)
         shape = (self.steps, self.features)

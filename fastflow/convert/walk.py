@@ -28,10 +28,18 @@ class Report:
         model: the model, now with converted layers.
         replaced: a `Row` (path, layer, reason) for every layer converted by this call.
         skipped: the same for every layer left alone although fastflow has one of its kind, and why.
+        before: the same for every layer that an earlier call had converted.
     """
 
-    def __init__(self, model: nn.Module, replaced: Sequence[Row], skipped: Sequence[Row]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        replaced: Sequence[Row],
+        skipped: Sequence[Row],
+        before: Sequence[Row],
+    ) -> None:
         self.model = model
+        self.before = list(before)
         self.replaced = list(replaced)
         self.skipped = list(skipped)
 
@@ -39,10 +47,11 @@ class Report:
         return f"Report(replaced={len(self.replaced)}, skipped={len(self.skipped)})"
 
     def __str__(self) -> str:
-        if not self.replaced and not self.skipped:
+        if not (self.replaced or self.skipped or self.before):
             return "no layer that fastflow knows"
         rows = [("path", "class", "replaced")]
         rows += [(row.path or "(model)", row.layer, "yes") for row in self.replaced]
+        rows += [(row.path or "(model)", row.layer, "before") for row in self.before]
         rows += [(row.path or "(model)", row.layer, f"no: {row.reason}") for row in self.skipped]
         widths = [max(map(len, column)) for column in zip(*rows)]
         rows.insert(1, tuple("-" * width for width in widths))
@@ -75,9 +84,10 @@ def convert(model: nn.Module, strict: bool = False) -> Report:
         no layer that fastflow knows
     """
     _check_model("convert", model)
-    twins, replaced, skipped = [], [], []
+    twins, replaced, skipped, before = [], [], [], []
     for path, module in model.named_modules():
         if isinstance(module, Converted):
+            before.append(Row(path, type(module).__name__))
             continue
         try:
             converted = _converted_class(type(module))
@@ -95,7 +105,7 @@ def convert(model: nn.Module, strict: bool = False) -> Report:
         raise Unsupported(f"convert: cannot convert {shown}")
     for twin, module in twins:
         twin.adopt(module)
-    return Report(model, replaced, skipped)
+    return Report(model, replaced, skipped, before)
 
 
 def revert(model: nn.Module) -> nn.Module:
