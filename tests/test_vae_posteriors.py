@@ -1,6 +1,7 @@
 """Posteriors: their density by Jacobian, inverse and total mass; faults; the registry."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -215,16 +216,14 @@ def test_density_check_catches(fault, monkeypatch):
 @pytest.fixture
 def mine():
     """A posterior of a user, for as long as the test runs."""
-    before = dict(registry.RECIPES)
+    with mock.patch.dict(registry.RECIPES):
 
-    @register("mine", settings=("steps", "context"))
-    def make(config, in_features):
-        flow = fastflow.ConditionalPlanarFlow(config.latent, config.context, config.steps)
-        return FlowPosterior(in_features, flow)
+        @register("mine", settings=("steps", "context"))
+        def make(config, in_features):
+            flow = fastflow.ConditionalPlanarFlow(config.latent, config.context, config.steps)
+            return FlowPosterior(in_features, flow)
 
-    yield
-    registry.RECIPES.clear()
-    registry.RECIPES.update(before)
+        yield
 
 
 def test_a_registered_posterior_is_a_setting(mine):
