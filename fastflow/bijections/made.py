@@ -131,7 +131,7 @@ class MADE(Arranged):
                     f"MADE: context is {got}, must be a tensor (*batch, {self.context_features})"
                 )
             check_features("MADE", "context", context, self.context_features)
-            check_type("MADE", "context", context, self.context_layer.weight)
+            check_type("MADE", "context", context, layers[0].weight)
             terms = [self.context_layer(context), *[None] * (len(layers) - 1)]
         return {
             "weights": [layer.weight for layer in layers],
