@@ -13,6 +13,7 @@ from torch.func import jacfwd, jacrev, vmap
 
 import fastflow
 from fastflow import Chain, Flow, Inverse, PCPMap, Permutation
+from fastflow.autograd.pcp import BLOCK_ROWS
 from fastflow.reference import pcp, pcp_inverse
 from fastflow.reference.network import softplus
 
@@ -42,6 +43,17 @@ def autograd_hessian(x: Tensor, net: pcp.Network) -> tuple[Tensor, Tensor]:
     (y,) = torch.autograd.grad(pcp.potential(x, net).sum(), x, create_graph=True)
     rows = [torch.autograd.grad(y[:, d].sum(), x, retain_graph=True)[0] for d in range(x.shape[1])]
     return y.detach(), torch.stack(rows, 1)
+
+
+@by_context
+def test_blocks_of_rows_are_put_together(C: int) -> None:
+    """Without gradients the rows go through in blocks, with gradients all together."""
+    made = layer(3, C, (6, 5))
+    x, context = given(3, C, 2 * BLOCK_ROWS + 3)
+    whole = made(x, context)
+    with torch.no_grad():
+        blocks = made(x, context)
+    torch.testing.assert_close(blocks, whole, rtol=1e-12, atol=1e-12)
 
 
 @by_context

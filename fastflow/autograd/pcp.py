@@ -19,6 +19,10 @@ MAPS: dict[bool, Callable[..., tuple[Tensor, Tensor]]] = {
 }
 
 
+BLOCK_ROWS = 256
+"""Rows that go through together where nothing is kept, so that what lies between stays cached."""
+
+
 class GradientMap(torch.autograd.Function):
     """Either direction, for plain reverse mode; the network's tensors are laid out flat.
 
@@ -88,7 +92,20 @@ def gradient_map(point: Tensor, net: Network, inverse: bool) -> tuple[Tensor, Te
     tensors = net.tensors
     if transforms_active() or forward_mode_active(point, *tensors):
         return MAPS[inverse](point, net)
-    return GradientMap.apply(inverse, len(net.inputs), point, *tensors)
+    recorded = torch.is_grad_enabled() and any(one.requires_grad for one in (point, *tensors))
+    if recorded or inverse:
+        return GradientMap.apply(inverse, len(net.inputs), point, *tensors)
+    return _in_blocks(point, net)
+
+
+def _in_blocks(x: Tensor, net: Network) -> tuple[Tensor, Tensor]:
+    """`forward` of some rows after the other."""
+    found = []
+    for start in range(0, max(len(x), 1), BLOCK_ROWS):
+        rows = slice(start, start + BLOCK_ROWS)
+        found.append(pcp.forward(x[rows], net.map_rows(lambda one, rows=rows: one[rows])))
+    y, ladj = zip(*found)
+    return torch.cat(y), torch.cat(ladj)
 
 
 def _flat(state: Slopes | Bends) -> Tensors:
