@@ -14,10 +14,24 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from fastflow.adjacency import adjacency, adjacency_masks, depth
+
+__all__ = [
+    "adjacency",
+    "adjacency_masks",
+    "depth",
+    "hidden_degrees",
+    "masks",
+    "parts",
+    "permutation",
+    "ranks",
+    "staircase",
+    "unseen",
+]
 
 
 def ranks(order: str | Sequence[int] | Tensor | None, features: int) -> Tensor:
@@ -157,174 +171,6 @@ def masks(stairs: Tensor | Sequence[Tensor], widths: Sequence[int]) -> list[Tens
         seen = _unsort(prefix, order)
         found.append(_unsort(torch.arange(len(below), device=below.device), below) < seen[:, None])
     return found
-
-
-def adjacency(given: Tensor, features: int) -> Tensor:
-    """The matrix, in memory of its own on the CPU, if features may depend on each other as it says.
-
-    Arguments:
-        given: bool (D, D), see `depth`.
-        features: D.
-
-    Raises:
-        TypeError: it is no tensor.
-        ValueError: it has another type or shape, a feature depends on itself, or some depend on
-            each other in a circle.
-    """
-    if not isinstance(given, Tensor):
-        raise TypeError(f"adjacency is a {type(given).__name__}, must be a torch.Tensor")
-    if given.dtype != torch.bool or given.shape != (features, features):
-        raise ValueError(
-            f"adjacency has shape {tuple(given.shape)} and type {given.dtype}, must be "
-            f"({features}, {features}) and torch.bool"
-        )
-    given = given.detach().to("cpu", copy=True)
-    own = given.diagonal().nonzero().flatten().tolist()
-    if own:
-        raise ValueError(f"adjacency says of the features {own} that they depend on themselves")
-    depth(given)
-    return given
-
-
-def staircase_of(
-    given: Sequence[Tensor], outputs: Tensor | None = None, residual: bool = False
-) -> Tensor | None:
-    r"""The staircase that given masks are, with their units in whatever order.
-
-    A level is sorted by how many units its units see; where they see the same, those that are seen
-    by more come first. Whether that makes staircases of all masks is then checked exactly.
-
-    Arguments:
-        given: bool (n_l, n_{l-1}) for every layer, True is seen; n_0 = D.
-        outputs: int64 (D, P), the units of the last layer that hold the P numbers of each feature,
-            in the order in which an op reads them; by default they lie feature after feature.
-        residual: whether the hidden levels form residual blocks, as in `fastflow.functional.made`.
-
-    Returns:
-        What `staircase` returns, on the CPU; None if the masks are no staircase, or if an output
-        depends on its own feature or a later one, or if the levels that a residual network adds
-        differ in what they depend on: kernels cannot take them then.
-
-    Example:
-        >>> x, h, y = torch.tensor([2, 1]), torch.tensor([1, 2, 1]), torch.tensor([2, 1])
-        >>> found = staircase_of([h[:, None] >= x, y[:, None] > h])
-        >>> torch.equal(found, staircase([x, h, y]))
-        True
-    """
-    given = [mask.cpu() for mask in given]
-    features = given[0].shape[1]
-    if outputs is None:
-        outputs = torch.arange(len(given[-1]), device="cpu").view(features, -1)
-    sees = [mask.sum(1) for mask in given]  # by the units of levels 1 ..
-    unseen = [-mask.sum(0) for mask in given]  # by those of levels 0 .., minus how many see a unit
-    by_feature = sees[-1][outputs].T
-    first = _lexsort([unseen[0], *by_feature])
-    hidden = range(1, len(given))
-    orders = [first]
-    for level in hidden:
-        # levels that a residual network adds have one order
-        same = [other for other in hidden if residual and other % 2 and level % 2] or [level]
-        orders.append(_lexsort([sees[other - 1] for other in same] + [unseen[i] for i in same]))
-    orders.append(outputs[first].flatten())
-    prefixes = [seen[order] for seen, order in zip(sees, orders[1:])]
-    if any((prefix.diff() < 0).any() for prefix in prefixes):
-        return None
-    pieces = [first] + [piece for pair in zip(orders[1:], prefixes) for piece in pair]
-    stairs = torch.cat(pieces).to(torch.int32)
-    widths = [features, *map(len, given)]
-    if not all(map(torch.equal, masks(stairs, widths), given)):
-        return None
-    return stairs if _autoregressive(prefixes, features, residual) else None
-
-
-def _autoregressive(prefixes: Sequence[Tensor], features: int, residual: bool) -> bool:
-    """Whether outputs of the r-th feature depend on the r features before it at most.
-
-    Sorted units of a level depend on a number of features that does not descend, so that a unit
-    needs what the last one of its prefix needs.
-    """
-    needed = [torch.arange(1, features + 1, device="cpu")]
-    for prefix in prefixes:
-        none_or = torch.cat([prefix.new_zeros(1), needed[-1]])
-        needed.append(none_or[prefix])
-    added = needed[1:-1:2] if residual else []
-    if not all(torch.equal(one, other) for one, other in pairwise(added)):
-        return False
-    own = torch.arange(len(needed[-1]), device="cpu") // (len(needed[-1]) // features)
-    return bool((needed[-1] <= own).all())
-
-
-def _lexsort(keys: Sequence[Tensor]) -> Tensor:
-    """The stable order of the columns of keys, of which the first counts most."""
-    order = torch.arange(len(keys[0]), device=keys[0].device)
-    for key in reversed(keys):
-        order = order[key[order].argsort(stable=True)]
-    return order
-
-
-def depth(adjacency: Tensor) -> int:
-    """How many passes make every feature known, when those whose features are known become so.
-
-    Arguments:
-        adjacency: bool (D, D), [i, j] says whether feature i depends on feature j.
-
-    Raises:
-        ValueError: it is no such matrix, or some features depend on each other in a circle.
-
-    Example:
-        >>> depth(torch.tensor([[False, False, False], [True, False, False], [True, False, False]]))
-        2
-    """
-    if adjacency.dtype != torch.bool or adjacency.dim() != 2 or len(set(adjacency.shape)) > 1:
-        raise ValueError(
-            f"adjacency has shape {tuple(adjacency.shape)} and type {adjacency.dtype}, must be a "
-            "square matrix of bool"
-        )
-    left = adjacency.cpu()
-    passes, unknown = 0, torch.ones(len(left), dtype=torch.bool, device="cpu")
-    while unknown.any():
-        ready = unknown & ~(left & unknown).any(1)
-        if not ready.any():
-            circle = unknown.nonzero().flatten().tolist()
-            raise ValueError(f"adjacency has a circle among the features {circle}")
-        unknown &= ~ready
-        passes += 1
-    return passes
-
-
-def adjacency_masks(
-    adjacency: Tensor, hidden: Sequence[int], params_per_feature: int, context: bool = False
-) -> list[Tensor]:
-    """Masks of a network in which features see those that a matrix names, and no other.
-
-    Every hidden unit stands for a set of features, one of the rows of the matrix in turn (or none,
-    where a context is to reach features that see nothing else). A unit or output sees the units
-    whose sets lie within its own.
-
-    Arguments:
-        adjacency: bool (D, D), see `depth`.
-        hidden: widths of the hidden layers.
-        params_per_feature: outputs for every feature.
-        context: whether some units must see the context alone.
-
-    Returns:
-        bool (n_l, n_{l-1}) for every layer.
-    """
-    own = adjacency.cpu()
-    rows = own.unique(dim=0)
-    rows = rows[rows.any(1)] if rows.any() else rows[:1]
-    if context:
-        rows = torch.cat([torch.zeros_like(rows[:1]), rows])
-    sets = [rows[torch.arange(width, device="cpu") % len(rows)] for width in hidden]
-    outputs = own.repeat_interleave(params_per_feature, 0)
-    if not sets:
-        return [outputs]
-
-    def within(below: Tensor, above: Tensor) -> Tensor:
-        return ~(below[None] & ~above[:, None]).any(-1)
-
-    inner = [within(below, above) for below, above in pairwise(sets)]
-    return [sets[0], *inner, within(sets[-1], outputs)]
 
 
 def _unsort(values: Tensor, order: Tensor) -> Tensor:

@@ -174,3 +174,36 @@ def test_bad_arguments_are_named(arguments: dict, error: str) -> None:
         MaskedAffineAutoregressive(4, **({"adjacency": TREE} | arguments))
     with pytest.raises(TypeError, match="has no degrees"):
         MADE(4, 2, adjacency=TREE).degrees()
+
+
+def test_masks_of_an_adjacency() -> None:
+    """The network connects a feature to those that the matrix names, and to no other."""
+    adjacency = torch.tensor([[0, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0], [0, 1, 0, 0]]).bool()
+    for hidden in ((), (6,), (7, 5, 9)):
+        reach = torch.eye(4)
+        for mask in masks.adjacency_masks(adjacency, hidden, 2):
+            reach = mask.float() @ reach
+        assert torch.equal(reach.bool(), adjacency.repeat_interleave(2, 0))
+    assert masks.depth(adjacency) == 3
+    assert masks.depth(torch.ones(5, 5).tril(-1).bool()) == 5
+
+
+def test_some_units_are_left_to_the_context() -> None:
+    adjacency = torch.ones(3, 3).tril(-1).bool()
+    first, last = masks.adjacency_masks(adjacency, (6,), 1, context=True)
+    alone = ~first.any(1)
+    assert alone.any() and last[:, alone].all()
+
+
+@pytest.mark.parametrize(
+    ("adjacency", "error"),
+    [
+        (torch.eye(3).bool(), r"circle among the features \[0, 1, 2\]"),
+        (torch.tensor([[0, 1], [1, 0]]).bool(), r"circle among the features \[0, 1\]"),
+        (torch.ones(2, 3).bool(), r"shape \(2, 3\)"),
+        (torch.zeros(2, 2), "type torch.float32"),
+    ],
+)
+def test_bad_adjacency(adjacency: torch.Tensor, error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        masks.depth(adjacency)

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastflow import masks
 from fastflow.convert.activations import activation_name
 from fastflow.convert.layer import MaskedLayer, Unsupported, tensors
+from fastflow.convert.staircase import staircase_of
 from fastflow.scales import Scale
 
 
@@ -68,7 +68,7 @@ class JoinedLayer(MaskedLayer):
             raise Unsupported("its masks hide the context from some features")
         outputs = torch.arange(2 * sizes[0], device="cpu")
         outputs = outputs.view(-1, 2) if self.interleaved else outputs.view(2, -1).T
-        stairs = masks.staircase_of(seen, outputs)
+        stairs = staircase_of(seen, outputs)
         if stairs is None:
             raise Unsupported("its masks are not those of an order of the features")
         return stairs

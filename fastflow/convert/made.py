@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastflow import masks
 from fastflow.convert.activations import activation_name, check_hooks
 from fastflow.convert.layer import MaskedLayer, Unsupported, tensors
+from fastflow.convert.staircase import staircase_of
 from fastflow.functional.autoregressive import autoregressive, autoregressive_inverse
 from fastflow.scales import Scale
 
@@ -85,7 +85,7 @@ class MadeLayer(MaskedLayer):
             )
         shown = self.as_computed([mask != 0 for mask in sources])
         outputs = torch.arange(len(shown[-1]), device="cpu").view(-1, 2).flip(-1)
-        stairs = masks.staircase_of(shown, outputs, self._residual)
+        stairs = staircase_of(shown, outputs, self._residual)
         if stairs is None:
             raise Unsupported("its masks are not those of an autoregressive staircase")
         return stairs

@@ -106,6 +106,41 @@ def known_units(prefixes: Sequence[Tensor], features: int, residual: bool) -> li
     return found
 
 
+def sees_ahead(prefixes: Sequence[Tensor], features: int, residual: bool) -> list[int]:
+    """The positions in the order, 0 .. D-1, whose outputs see their own feature or a later one.
+
+    Arguments:
+        prefixes: of all layers, as `fastflow.masks.parts` gives them.
+        features: D.
+    """
+    known = known_units(prefixes, features, residual)[-1]
+    behind = prefixes[-1].view(features, -1).amax(-1) > known[:-1]
+    return behind.nonzero().flatten().tolist()
+
+
+def odd_level(
+    orders: Sequence[Tensor], prefixes: Sequence[Tensor], features: int | None = None
+) -> int | None:
+    """The first level whose units are not those of the block before it, to which they are added.
+
+    Kernels add sorted units to sorted units, so that both levels must have one order; sweeps also
+    compute them in the same stages.
+
+    Arguments:
+        orders, prefixes: of a residual network, as `fastflow.masks.parts` gives them.
+        features: D, where the network is swept over; else None.
+
+    Returns:
+        The level, or None if all agree.
+    """
+    known = [] if features is None else known_units(prefixes, features, residual=True)
+    for level in range(3, len(prefixes), 2):
+        for of_levels in filter(None, (orders, known)):
+            if not torch.equal(of_levels[level], of_levels[level - 2]):
+                return level
+    return None
+
+
 def reach(seen: Sequence[Tensor], residual: bool) -> Tensor:
     """Which features the outputs see through masks (n_l, n_{l-1}): bool (n_{L+1}, D)."""
     found = [torch.eye(seen[0].shape[1], device=seen[0].device)]
