@@ -13,7 +13,7 @@ from masked_oracle import ACTIVATIONS, Problem, problem
 from torch.nn.utils import parametrize
 
 from fastflow import MADE, masks
-from fastflow.functional import made, masked_linear
+from fastflow.functional import autoregressive, autoregressive_inverse, made, masked_linear
 
 
 @pytest.fixture(params=targets("made_forward"), ids=target_id)
@@ -317,3 +317,17 @@ def test_bad_calls(arguments: dict, error: str) -> None:
         given = problem(3, 4, (8, 8), per_feature=1)
     with pytest.raises((TypeError, ValueError), match=f"made: {error}"):
         made(**({"x": given.x, **given.network} | arguments))
+
+
+@pytest.mark.parametrize("last", [[2, 1, 2, 1], [2, 2, 2, 2]], ids=str)
+def test_blocks_add_units_of_the_same_degrees(target: Target, last: list[int]) -> None:
+    """Kernels add sorted units to sorted units, the reference unit to unit."""
+    x, hidden = torch.tensor([1, 2, 3]), torch.tensor([1, 2, 1, 2])
+    stairs = masks.staircase([x, hidden, hidden, torch.tensor(last), x.repeat_interleave(2)])
+    shapes = [(4, 3), (4, 4), (4, 4), (6, 4)]
+    weights = [torch.randn(shape, device=target.device) for shape in shapes]
+    network = (torch.randn(5, 3, device=target.device), weights, None, stairs.to(target.device))
+    ops = [autoregressive, autoregressive_inverse] + [made] * (last[0] != last[1])
+    for op in ops:
+        with pytest.raises(ValueError, match=f"{op.__name__}: .* level 3 depend on other features"):
+            op(*network, residual=True)

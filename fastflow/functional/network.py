@@ -10,11 +10,7 @@ from torch import Tensor
 
 from fastflow.autograd.masked import by_node, masked_network
 from fastflow.functional.checks import check_tensors
-from fastflow.functional.stairs import (
-    check_autoregressive,
-    check_stairs,
-    known_autoregressive,
-)
+from fastflow.functional.stairs import check_dependence, check_stairs, known_dependence
 from fastflow.reference.network import ACTIVATIONS
 
 NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
@@ -61,8 +57,8 @@ def run(
     given = (op, x, weights, biases, stairs, terms, setting)
     plain = isinstance(weights, (list, tuple)) and isinstance(stairs, Tensor)
     plain = plain and not (recompute or torch.compiler.is_compiling())
-    known = not affine or (plain and known_autoregressive(stairs, setting[1]))
-    if plain and known and (outputs := _quickly(*given)) is not None:
+    known = plain and known_dependence(stairs, setting[1], affine)
+    if known and (outputs := _quickly(*given)) is not None:
         return outputs  # most calls need nothing below
     weights = _tensors(op, "weights", weights)
     layers = len(weights)
@@ -88,8 +84,7 @@ def run(
             f"{op}: residual needs an odd number of hidden layers (a first one, then pairs) of "
             f"equal width, theirs are {hidden}"
         )
-    if affine:
-        check_autoregressive(op, x.shape[-1], weights, stairs, setting[1])
+    check_dependence(op, x.shape[-1], weights, stairs, setting[1], affine)
     if plain and not known and (outputs := _quickly(*given)) is not None:
         return outputs
 

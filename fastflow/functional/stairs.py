@@ -38,52 +38,67 @@ def check_stairs(
         raise ValueError(f"{op}: stairs is on {stairs.device}, {x_name} is on {x.device}")
 
 
-def check_autoregressive(
+def check_dependence(
     op: str,
     features: int,
     weights: Sequence[Tensor],
     stairs: Tensor | Sequence[Tensor],
     residual: bool,
+    affine: bool,
 ) -> None:
-    """The two outputs of every feature see the features before it only, in some order.
+    """Units see what the op relies on: outputs the features before, blocks what they began with.
 
     Masks are looked at when they come for the first time, which on a GPU waits for it once, and
     then taken as they are until they change. Where their values are out of reach (in a graph that
     is being compiled or captured, under transforms, on the meta device) they are not looked at.
 
+    Arguments:
+        weights: (n_l, n_{l-1}) for every layer.
+        affine: whether each of the D features has two outputs, in some order of the features.
+
     Raises:
-        ValueError: an output sees its own feature, or one after it.
+        ValueError: an output of an affine op sees its own feature, or one after it; a residual
+            block adds levels of different degrees.
     """
-    if not all(map(readable, _tensors(stairs))) or known_autoregressive(stairs, residual):
+    out_of_reach = not all(map(readable, _tensors(stairs)))
+    if out_of_reach or known_dependence(stairs, residual, affine):
         return
     if isinstance(stairs, Tensor):
-        _, prefixes = masks.parts(stairs.cpu(), [features, *map(len, weights)])
-        known = network.known_units(prefixes, features, residual)[-1]
-        behind = prefixes[-1].view(features, 2).amax(-1) > known[:-1]
-        if behind.any():
+        orders, prefixes = masks.parts(stairs.cpu(), [features, *map(len, weights)])
+        swept = features if affine else None
+        level = network.odd_level(orders, prefixes, swept) if residual else None
+        if level is not None:
+            raise ValueError(
+                f"{op}: stairs does not fit residual: units of hidden level {level} depend on "
+                f"other features than those of level {level - 2} that are added to them"
+            )
+        ahead = network.sees_ahead(prefixes, features, residual) if affine else []
+        if ahead:
             raise ValueError(
                 f"{op}: stairs is not autoregressive: an output of the feature at position "
-                f"{int(behind.nonzero()[0])} of the order sees its own feature or a later one"
+                f"{ahead[0]} of the order sees its own feature or a later one"
             )
-    else:
+    elif affine:
         seen = network.reach([mask.cpu() for mask in stairs], residual)
         try:
             masks.depth(seen.unflatten(0, (-1, 2)).any(1))
         except ValueError as problem:
             raise ValueError(f"{op}: stairs is not autoregressive: {problem}") from None
-    _remember(stairs, residual)
+    _remember(stairs, residual, affine)
 
 
-def known_autoregressive(stairs: Tensor | Sequence[Tensor], residual: bool) -> bool:
-    """Whether `check_autoregressive` has seen these masks as they are now. Quick."""
+def known_dependence(stairs: Tensor | Sequence[Tensor], residual: bool, affine: bool) -> bool:
+    """Whether `check_dependence` has nothing to look at, or has seen these masks. Quick."""
+    if not (residual or affine):
+        return True
     tensors = _tensors(stairs)
-    snapshot = _checked.get((residual, *map(id, tensors)))
+    snapshot = _checked.get((residual, affine, *map(id, tensors)))
     return snapshot is not None and snapshot.holds(tensors)
 
 
-def _remember(stairs: Tensor | Sequence[Tensor], residual: bool) -> None:
+def _remember(stairs: Tensor | Sequence[Tensor], residual: bool, affine: bool) -> None:
     tensors = _tensors(stairs)
-    key = (residual, *map(id, tensors))
+    key = (residual, affine, *map(id, tensors))
     _checked[key] = Snapshot(tensors)
     for tensor in tensors:
         weakref.finalize(tensor, _checked.pop, key, None).atexit = False
