@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -59,6 +59,19 @@ def activation_name(activation: Callable) -> str:
     if any(getattr(activation, key, value) != value for key, value in options.items()):
         raise Unsupported(f"activation {activation} has options that are not known")
     check_hooks(activation)
+    return name
+
+
+def one_activation(activations: Iterable[Callable]) -> str:
+    """The name of what all hidden layers have; any name where there are none.
+
+    Raises:
+        Unsupported: there are several, or one is not known.
+    """
+    names = {activation_name(activation) for activation in activations} or {"relu"}
+    if len(names) > 1:
+        raise Unsupported(f"it has several activations: {', '.join(sorted(names))}")
+    (name,) = names
     return name
 
 

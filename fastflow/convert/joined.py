@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from fastflow.convert.activations import activation_name
-from fastflow.convert.layer import MaskedLayer, Unsupported, tensors
+from fastflow.convert.layer import MaskedLayer, Unsupported, as_bool, tensors
 from fastflow.convert.staircase import staircase_of
 from fastflow.scales import Scale
 
@@ -59,9 +58,7 @@ class JoinedLayer(MaskedLayer):
         return tensors(self.layers(), "mask")
 
     def derive(self, sources: Sequence[Tensor]) -> Tensor:
-        seen = [source != 0 for source in sources]
-        if not all(torch.equal(one.to(source), source) for one, source in zip(seen, sources)):
-            raise Unsupported("a mask holds other numbers than 0 and 1")
+        seen = as_bool(sources)
         sizes = self.sizes(self.layers())
         seen[0], of_context = self._parts(seen[0], sizes)
         if not of_context.all():
@@ -79,16 +76,3 @@ class JoinedLayer(MaskedLayer):
             return joined.split(sizes, 1)
         of_context, own = joined.split(sizes[::-1], 1)
         return own, of_context
-
-
-def one_activation(activations: Iterable[Callable]) -> str:
-    """The name of what all hidden layers have; any name where there are none.
-
-    Raises:
-        Unsupported: there are several, or one is not known.
-    """
-    names = {activation_name(activation) for activation in activations} or {"relu"}
-    if len(names) > 1:
-        raise Unsupported(f"it has several activations: {', '.join(sorted(names))}")
-    (name,) = names
-    return name

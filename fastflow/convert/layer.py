@@ -175,6 +175,17 @@ def tensors(layers: Sequence[nn.Module], name: str) -> list[Tensor | None]:
     return found
 
 
+def as_bool(given: Sequence[Tensor]) -> list[Tensor]:
+    """Masks (n_l, n_{l-1}) of any type as bool.
+
+    Raises:
+        Unsupported: one holds other numbers than 0 and 1.
+    """
+    if any(((mask != 0) & (mask != 1)).any() for mask in given):
+        raise Unsupported("its masks hold other numbers than 0 and 1, which would scale weights")
+    return [mask != 0 for mask in given]
+
+
 def _version(source: Tensor) -> float:
     """How often a tensor was written to; for tensors that do not count it, nothing equals it."""
     try:

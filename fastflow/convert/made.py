@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastflow.convert.activations import activation_name, check_hooks
-from fastflow.convert.layer import MaskedLayer, Unsupported, tensors
+from fastflow.convert.activations import check_hooks, one_activation
+from fastflow.convert.layer import MaskedLayer, Unsupported, as_bool, tensors
 from fastflow.convert.staircase import staircase_of
 from fastflow.functional.autoregressive import autoregressive, autoregressive_inverse
 from fastflow.scales import Scale
@@ -79,11 +79,7 @@ class MadeLayer(MaskedLayer):
         return tensors(self.masked_layers(), "mask")
 
     def derive(self, sources: Sequence[Tensor]) -> Tensor:
-        if any(((mask != 0) & (mask != 1)).any() for mask in sources):
-            raise Unsupported(
-                "its masks hold other numbers than 0 and 1, which would scale weights"
-            )
-        shown = self.as_computed([mask != 0 for mask in sources])
+        shown = self.as_computed(as_bool(sources))
         outputs = torch.arange(len(shown[-1]), device="cpu").view(-1, 2).flip(-1)
         stairs = staircase_of(shown, outputs, self._residual)
         if stairs is None:
@@ -105,10 +101,7 @@ class MadeLayer(MaskedLayer):
         if len(set(map(type, net.blocks))) > 1:
             raise Unsupported("it has blocks of both kinds")
         users = [net] * hasattr(net, "activation") + list(net.blocks)
-        names = {activation_name(user.activation) for user in users} or {"relu"}
-        if len(names) > 1:
-            raise Unsupported(f"it has several activations: {', '.join(sorted(names))}")
-        (self._activation,) = names
+        self._activation = one_activation(user.activation for user in users)
         self._residual = self.residual()
 
     def residual(self) -> bool:

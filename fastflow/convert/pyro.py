@@ -24,8 +24,8 @@ from pyro.nn.auto_reg_nn import MaskedLinear
 from torch import Tensor, nn
 
 from fastflow.bijections.base import check_features
-from fastflow.convert.activations import check_hooks
-from fastflow.convert.joined import JoinedLayer, one_activation
+from fastflow.convert.activations import check_hooks, one_activation
+from fastflow.convert.joined import JoinedLayer
 from fastflow.convert.layer import Converted, Unsupported, tensors
 from fastflow.convert.remembering import Remembering
 from fastflow.functional.autoregressive import autoregressive, autoregressive_inverse

@@ -24,8 +24,8 @@ from zuko import flows, transforms
 from zuko.nn import MaskedLinear, MaskedMLP, Residual
 
 from fastflow.bijections.base import check_features, refuse_context
-from fastflow.convert.activations import check_hooks
-from fastflow.convert.joined import JoinedLayer, one_activation
+from fastflow.convert.activations import check_hooks, one_activation
+from fastflow.convert.joined import JoinedLayer
 from fastflow.convert.layer import Unsupported
 from fastflow.functional.autoregressive import autoregressive, autoregressive_inverse
 from fastflow.scales import SoftClip
