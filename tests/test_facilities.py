@@ -204,9 +204,9 @@ def test_deferred_initialisation(name: str) -> None:
     flow = make(name).double()
     x, context = points(flow, 4)
     with torch.device("meta"):
-        late = FLOWS[name]()
+        late = FLOWS[name]().double()
     assert late(*(None if one is None else one.to("meta") for one in (x, context))).is_meta
-    late.double().to_empty(device="cpu")
+    late.to_empty(device="cpu")
     for module in late.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()

@@ -116,7 +116,10 @@ def check_type(owner: str, name: str, tensor: Tensor, parameter: Tensor) -> None
 
     PyTorch's own layers refuse a mix too, without a name; under autocast there is none.
     """
-    if tensor.dtype != parameter.dtype and not torch.is_autocast_enabled(tensor.device.type):
+    if tensor.dtype == parameter.dtype:
+        return
+    device = tensor.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         raise TypeError(
             f"{owner}: {name} is {tensor.dtype}, must be {parameter.dtype} as the parameters are"
         )
