@@ -67,8 +67,11 @@ def test_a_raw_op_refuses_tangents(op: str) -> None:
 
 
 def masked_arguments(op: str) -> list:
-    """Arguments of a raw op on masked networks with B = 5, D = 3, a context and a missing bias."""
-    given = masked_problem(5, 3, (6, 7), context=True)
+    """Arguments of a raw op on masked networks with B = 64, D = 3, a context and a missing bias.
+
+    64 rows are whole tiles: where a tile is not full, the rest of `saved` holds anything.
+    """
+    given = masked_problem(64, 3, (6, 7), context=True)
     none = torch.empty(0, dtype=torch.float64)
 
     def plain(tensors: list[Tensor | None]) -> list[Tensor]:

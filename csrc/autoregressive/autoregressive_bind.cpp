@@ -208,7 +208,8 @@ void launch(MaskedPass pass, const AutoregressiveArgs& args, const Tensor&) {
 #endif
 
 // Whole tiles of the most rows, as fastflow/native.py tells torch.compile: a size that branched on
-// the batch would be another graph for each branch. The layout of CUDA fits too.
+// the batch would be another graph for each branch. The layout of CUDA fits too. What lies behind
+// the tiles of the batch is never written nor read.
 int64_t saved_size(const AutoregressiveArgs& args) {
   int64_t units = args.affine ? args.outputs() : 0;
   for (int64_t l = 0; l + 1 < args.layer_count; ++l) units += args.layers[l].rows;
