@@ -33,6 +33,7 @@ from comparison import (
     Group,
     Settings,
     compare,
+    parametrize,
     results,
     show,
 )
@@ -280,18 +281,12 @@ def run_comparison(case: Case, direction: str, settings: Settings, timed: bool) 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     settings: Settings = metafunc.config.stash[SETTINGS]
     triples = [
-        pytest.param(case, direction, contender, id=f"{case}-{direction}-{contender}")
+        (case, direction, contender)
         for case in cases(settings.grid)
         for direction in case.directions
         for contender in contenders(case, direction, settings.device.type)
     ]
-    metafunc.parametrize(("case", "direction", "contender"), triples)
-
-
-@pytest.fixture(scope="module")
-def outcomes() -> dict[tuple[Case, str], Comparison]:
-    """The comparisons made so far: the first benchmark of a direction makes it for all rivals."""
-    return {}
+    parametrize(metafunc, triples)
 
 
 def test_autoregressive(

@@ -26,6 +26,7 @@ from comparison import (
     Group,
     Settings,
     compare,
+    parametrize,
     results,
     show,
 )
@@ -109,18 +110,12 @@ def run_comparison(case: Case, direction: str, settings: Settings, timed: bool) 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     settings: Settings = metafunc.config.stash[SETTINGS]
     triples = [
-        pytest.param(case, direction, contender, id=f"{case}-{direction}-{contender}")
+        (case, direction, contender)
         for case in CASES[settings.grid]
         for direction in DIRECTIONS
         for contender in CONTENDERS
     ]
-    metafunc.parametrize(("case", "direction", "contender"), triples)
-
-
-@pytest.fixture(scope="module")
-def outcomes() -> dict[tuple[Case, str], Comparison]:
-    """The comparisons made so far: the first benchmark of a direction makes it for all rivals."""
-    return {}
+    parametrize(metafunc, triples)
 
 
 def test_pcp(

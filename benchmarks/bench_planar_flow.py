@@ -26,6 +26,7 @@ from comparison import (
     Group,
     Settings,
     compare,
+    parametrize,
     results,
     show,
 )
@@ -235,18 +236,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     settings: Settings = metafunc.config.stash[SETTINGS]
     device = settings.device.type
     triples = [
-        pytest.param(case, direction, contender, id=f"{case}-{direction}-{contender}")
+        (case, direction, contender)
         for case in cases(settings.grid, device)
         for direction in DIRECTIONS
         for contender in contenders(case, direction, device)
     ]
-    metafunc.parametrize(("case", "direction", "contender"), triples)
-
-
-@pytest.fixture(scope="module")
-def outcomes() -> dict[tuple[Case, str], Comparison]:
-    """The comparisons made so far: the first benchmark of a direction makes it for all rivals."""
-    return {}
+    parametrize(metafunc, triples)
 
 
 def test_planar_flow(

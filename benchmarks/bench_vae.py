@@ -162,12 +162,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(("case", "contender"), pairs)
 
 
-@pytest.fixture(scope="module")
-def outcomes() -> dict[Case, Comparison]:
-    """The comparisons made so far: the first benchmark of a case makes it for all rivals."""
-    return {}
-
-
 def test_vae(
     benchmark: BenchmarkFixture,
     settings: Settings,

@@ -257,6 +257,12 @@ def training_step(chain: Chain) -> Callable[[object], None]:
     return step
 
 
+def parametrize(metafunc: pytest.Metafunc, triples: list[tuple[object, str, str]]) -> None:
+    """One benchmark for every case, direction and contender, named after the three."""
+    ids = ["-".join(map(str, triple)) for triple in triples]
+    metafunc.parametrize(("case", "direction", "contender"), triples, ids=ids)
+
+
 def show(
     benchmark: BenchmarkFixture, outcome: Comparison, contender: str, facts: dict[str, object]
 ) -> None:

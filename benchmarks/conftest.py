@@ -17,7 +17,7 @@ import time
 import environment
 import pytest
 import torch
-from comparison import EFFORTS, SETTINGS, Settings
+from comparison import EFFORTS, SETTINGS, Comparison, Settings
 
 DEFAULTS = {
     "bench_grid": os.environ.get("FASTFLOW_BENCH", "short"),
@@ -80,3 +80,9 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 @pytest.fixture(scope="session")
 def settings(pytestconfig: pytest.Config) -> Settings:
     return pytestconfig.stash[SETTINGS]
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[object, Comparison]:
+    """The comparisons made so far: the first benchmark of one makes it for all its contenders."""
+    return {}
