@@ -7,6 +7,10 @@
 
 #include <initializer_list>
 
+#ifndef FASTFLOW_CUDA
+#include "recycled.h"
+#endif
+
 namespace fastflow {
 
 using torch::headeronly::ScalarType;
@@ -34,18 +38,34 @@ inline void check_like(const char* op, const Tensor& tensor, const char* name, c
 
 // Of at most three dimensions.
 inline Tensor empty(Shape shape, const Tensor& like, ScalarType dtype) {
+  const int64_t dims = int64_t(shape.size());
+  const size_t element = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 1;
   int64_t strides[3] = {1, 1, 1};
-  for (int i = int(shape.size()) - 2; i >= 0; --i)
-    strides[i] = strides[i + 1] * shape.begin()[i + 1];
+  size_t bytes = element;
+  for (int64_t i = dims - 1; i >= 0; --i) {
+    if (i + 1 < dims) strides[i] = strides[i + 1] * shape.begin()[i + 1];
+    bytes *= size_t(shape.begin()[i]);
+  }
   int32_t device_type;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  const int32_t type = dtype == ScalarType::Double  ? aoti_torch_dtype_float64()
-                       : dtype == ScalarType::Float ? aoti_torch_dtype_float32()
-                                                    : aoti_torch_dtype_uint8();
+  const int32_t type = element == 8   ? aoti_torch_dtype_float64()
+                       : element == 4 ? aoti_torch_dtype_float32()
+                                      : aoti_torch_dtype_uint8();
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.begin(),
-                                                         strides, type, device_type,
-                                                         like.get_device_index(), &handle));
+#ifndef FASTFLOW_CUDA
+  if (Recycled::all().keeps(bytes)) {
+    void* data = Recycled::all().take(bytes);
+    const auto give = [](void* block, void* size) {
+      Recycled::all().give(block, reinterpret_cast<size_t>(size));
+    };
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
+        data, dims, shape.begin(), strides, 0, type, device_type, like.get_device_index(), &handle,
+        aoti_torch_layout_strided(), nullptr, 0, give, reinterpret_cast<void*>(bytes)));
+    return Tensor(handle);
+  }
+#endif
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dims, shape.begin(), strides, type, device_type, like.get_device_index(), &handle));
   return Tensor(handle);
 }
 inline Tensor empty(Shape shape, const Tensor& like) {

@@ -1,0 +1,82 @@
+// Memory of large results on the CPU, which is kept for the next call when they are gone. A call
+// that writes megabytes otherwise waits for the system to map and clear as many pages, as often as
+// the C library has returned them: that can take longer than the computation.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <deque>
+#include <mutex>
+#include <new>
+
+#include "parallel.h"
+
+namespace fastflow {
+
+// Results of fewer bytes are left to PyTorch's allocator: the C library keeps small memory itself.
+inline constexpr size_t kRecycledBytes = size_t(1) << 16;
+
+class Recycled {
+ public:
+  // Blocks of the process. Never destroyed: tensors may outlive whatever is destroyed at its end.
+  static Recycled& all() {
+    static Recycled& blocks = *new Recycled(limit_from_environment());
+    return blocks;
+  }
+
+  explicit Recycled(size_t limit) : limit_(limit) {}
+
+  bool keeps(size_t bytes) const { return bytes >= kRecycledBytes && bytes <= limit_; }
+
+  void* take(size_t bytes) {
+    // a lock that another thread held while the process was forked is held forever in the child
+    if (!in_forked_child) {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      const auto found = std::find_if(free_.rbegin(), free_.rend(),
+                                      [&](const Block& block) { return block.bytes == bytes; });
+      if (found != free_.rend()) {
+        void* data = found->data;
+        kept_ -= bytes;
+        free_.erase(std::next(found).base());
+        return data;
+      }
+    }
+    return ::operator new(bytes, kAlignment);
+  }
+
+  // Keeps the block; those that have waited longest make room for it.
+  void give(void* data, size_t bytes) {
+    if (in_forked_child) return release(data);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (; kept_ + bytes > limit_; free_.pop_front()) {
+      kept_ -= free_.front().bytes;
+      release(free_.front().data);
+    }
+    free_.push_back({data, bytes});
+    kept_ += bytes;
+  }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+
+  struct Block {
+    void* data;
+    size_t bytes;
+  };
+
+  static void release(void* data) { ::operator delete(data, kAlignment); }
+
+  static size_t limit_from_environment() {
+    const char* mebibytes = std::getenv("FASTFLOW_KEEP_MIB");
+    return size_t(mebibytes ? std::max(std::atoi(mebibytes), 0) : 64) << 20;
+  }
+
+  const size_t limit_;
+  std::mutex mutex_;
+  std::deque<Block> free_;  // the one that was given last at the end
+  size_t kept_ = 0;
+};
+
+}  // namespace fastflow
