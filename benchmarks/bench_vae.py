@@ -59,13 +59,13 @@ class Case(NamedTuple):
 
     @property
     def config(self) -> Config:
+        networks = {"width": self.width, "context": vae_peers.CONTEXT}
         return Config(
             posterior=self.posterior,
             latent=self.D,
             steps=self.K,
             hidden=self.hidden,
-            width=self.width,
-            context=vae_peers.CONTEXT,
+            **networks if self.posterior == "iaf" else {},
         )
 
     def model(self, dtype: torch.dtype, device: torch.device) -> fastflow.vae.VAE:

@@ -1,6 +1,6 @@
 """Settings: their checks, what they do to the images, and what they schedule."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -103,16 +103,26 @@ def test_bad_values_are_refused(name):
 @pytest.mark.parametrize(
     ("posterior", "setting", "needed"),
     [
-        ("gaussian", {"steps": 3}, "--posterior planar or iaf or maf"),
+        ("gaussian", {"steps": 4}, "--posterior planar or iaf or maf"),
         ("planar", {"width": 3}, "--posterior iaf or maf or pcp"),
-        ("pcp", {"steps": 3}, "--posterior planar or iaf or maf"),
-        ("iaf", {"constraint": "paper"}, "--posterior planar"),
-        ("iaf", {"variance": 0.1}, "--likelihood gaussian"),
+        ("pcp", {"steps": 4}, "--posterior planar or iaf or maf"),
+        ("maf", {"amortised": False}, "--posterior planar"),
+        ("iaf", {"constraint": "centred"}, "--posterior planar"),
+        ("iaf", {"variance": 0.2}, "--likelihood gaussian"),
     ],
 )
 def test_settings_without_effect_are_refused(posterior, setting, needed):
-    with pytest.raises(VaeError, match=f"has no effect with .*, it needs {needed}$"):
-        refuse_without_effect(Config(posterior=posterior), setting)
-    name, *values = needed.removeprefix("--").replace(" or", "").split()
+    message = f"has no effect with .*, it needs {needed}$"
+    with pytest.raises(VaeError, match=message):
+        Config(posterior=posterior, **setting)
+    with pytest.raises(VaeError, match=message):
+        Config.from_dict(asdict(Config()) | {"posterior": posterior} | setting)
+    other, *values = needed.removeprefix("--").replace(" or", "").split()
     for value in values:
-        refuse_without_effect(Config(**{name: value}), setting)
+        config = Config(**{other: value} | setting)
+        assert replace(config) == Config.from_dict(asdict(config)) == config
+    [name] = setting
+    default = {name: getattr(Config, name)}  # nobody asked for it, unless the caller says so
+    with pytest.raises(VaeError, match=message):
+        refuse_without_effect({"posterior": posterior}, default)
+    assert Config(posterior=posterior, **default) == Config(posterior=posterior)

@@ -153,6 +153,14 @@ def test_flows_come_closer_to_a_bent_posterior_than_the_gaussian():
     assert results["maf"] < 0.9 * results["gaussian"], results
 
 
+def test_settings_of_the_decoders_run_go_to_the_fits_that_they_concern():
+    config = Config(posterior="iaf", hidden=4, steps=4, width=5)
+    model, images = build(config, SHAPE), torch.rand(1, 20)
+    experiment = Experiment(model, config, images, SHAPE, [])  # a fit needs no true posterior
+    assert experiment.fit("planar", {}, iterations=1).posterior.bijection.steps == 4
+    assert isinstance(experiment.fit("gaussian", {}, iterations=1).posterior, GaussianPosterior)
+
+
 # The command
 
 

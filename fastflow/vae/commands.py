@@ -32,8 +32,8 @@ def train(options: argparse.Namespace) -> None:
     from fastflow.vae.training import Run
 
     settings, device = given_settings(options), local_device(_device(options.device))
-    config = Config(**settings)
-    folder = options.out or Path("runs", f"{config.posterior}-{config.data}")
+    names = (settings.get(name, getattr(Config, name)) for name in ("posterior", "data"))
+    folder = options.out or Path("runs", "-".join(names))
     team = Team.join(device)
 
     def before() -> State | None:
@@ -43,9 +43,8 @@ def train(options: argparse.Namespace) -> None:
         return None
 
     state = team.of_first(before)
-    if state:
-        config = state.config
-    refuse_without_effect(config, settings)
+    config = state.config if state else Config(**settings)
+    refuse_without_effect(vars(config), settings)
     data = load(config.data, _data_root(options, config.data))
     if state:
         run = Run.resume(folder, state, data, device, team)

@@ -145,23 +145,15 @@ class Comparison:
             )
 
 
-def concerning(posterior: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Those of the settings that have an effect with a posterior, and the posterior's name.
-
-    Raises:
-        VaeError: a value is wrong.
-    """
-    kept = {"posterior": posterior}
-    config = Config(**settings | kept)
-    for name, value in settings.items():
-        if _has_effect(config, name, value):
-            kept[name] = value
-    return kept
+def concerning(posterior: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the settings that have an effect with a posterior, and the posterior's name."""
+    all_of_them = {**settings, "posterior": posterior}
+    return {name: value for name, value in all_of_them.items() if _has_effect(all_of_them, name)}
 
 
-def _has_effect(config: Config, name: str, value: object) -> bool:
+def _has_effect(settings: Mapping[str, Any], name: str) -> bool:
     try:
-        refuse_without_effect(config, {name: value})
+        refuse_without_effect(settings, {name: settings[name]})
     except VaeError:
         return False
     return True
@@ -173,10 +165,12 @@ def refuse_for_all(posteriors: Sequence[str], settings: Mapping[str, Any]) -> No
     Raises:
         VaeError: one of them does, or a value is wrong.
     """
-    configs = [Config(**settings | {"posterior": posterior}) for posterior in posteriors]
+    kept = [concerning(posterior, settings) for posterior in posteriors]
+    for run in kept:
+        Config(**run)
     for name, value in settings.items():
-        if not any(_has_effect(config, name, value) for config in configs):
-            refuse_without_effect(configs[0], {name: value})
+        if not any(name in run for run in kept):
+            refuse_without_effect({**settings, "posterior": posteriors[0]}, {name: value})
 
 
 def _unique(name: str, values: Sequence[Any]) -> tuple[Any, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -48,7 +49,8 @@ class Config:
     a setting means is said by `python -m fastflow.vae train --help`.
 
     Raises:
-        VaeError: a value has the wrong type or lies outside its range, or two contradict.
+        VaeError: a value has the wrong type or lies outside its range, two contradict, or one that
+            is not the default has no effect.
     """
 
     posterior: str = "gaussian"
@@ -95,6 +97,9 @@ class Config:
             raise VaeError(
                 f"patience: {self.patience} needs images for validation, but validation is 0"
             )
+        settings = vars(self)
+        changed = {f.name: settings[f.name] for f in fields(self) if settings[f.name] != f.default}
+        refuse_without_effect(settings, changed)
 
     @classmethod
     def from_dict(cls, content: Any) -> Config:
@@ -121,11 +126,11 @@ def flag(name: str, value: object) -> str:
     return f"--{name.replace('_', '-')} {value}"
 
 
-def refuse_without_effect(config: Config, given: dict[str, object]) -> None:
+def refuse_without_effect(settings: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Refuses settings that somebody asked for and that would change nothing.
 
     Arguments:
-        config: all settings of a run.
+        settings: those of a run; one that is left out has its default.
         given: those of them that were asked for.
 
     Raises:
@@ -133,7 +138,7 @@ def refuse_without_effect(config: Config, given: dict[str, object]) -> None:
     """
     for name, value in given.items():
         other, needed = _need(name)
-        if needed and (held := getattr(config, other)) not in needed:
+        if needed and (held := settings.get(other, getattr(Config, other))) not in needed:
             raise VaeError(
                 f"{flag(name, value)} has no effect with {flag(other, held)}, "
                 f"it needs {flag(other, ' or '.join(needed))}"

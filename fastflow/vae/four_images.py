@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ class Experiment:
         Raises:
             VaeError: a setting is wrong, the images are not there, or training fails.
         """
-        config = Config(**concerning("gaussian", dict(settings)))
+        config = Config(**concerning("gaussian", settings))
         data = split(load(config.data, data_root), config).to(device)
         images, model = data.train[:count], build(config, data.shape).to(device)
         generator = generator_for(device, config.seed, "decoder")
@@ -105,7 +105,7 @@ class Experiment:
         Raises:
             VaeError: a setting is wrong, or the fit fails.
         """
-        config = replace(self.config, **concerning(posterior, dict(settings)))
+        config = Config(**concerning(posterior, asdict(self.config) | dict(settings)))
         model = build(config, self.shape).to(self.images.device)
         model.decoder = copy.deepcopy(self.model.decoder).requires_grad_(False)
         fitted = [*model.encoder.parameters(), *model.posterior.parameters()]
