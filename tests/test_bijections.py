@@ -253,6 +253,21 @@ def test_reprs_name_what_matters() -> None:
             ValueError,
             r"ConditionalPlanarFlow: these batches do not broadcast: x \(5,\), context \(4,\)",
         ),
+        (
+            lambda: fastflow.MADE(2, 1, (8,), 3)(torch.zeros(5, 2), torch.zeros(4, 3)),
+            ValueError,
+            r"MADE: these batches do not broadcast: x \(5,\), context \(4,\)",
+        ),
+        (
+            lambda: fastflow.MAF(2, 2, (8,), 3).log_prob(torch.zeros(5, 2), torch.zeros(4, 3)),
+            ValueError,
+            r"Autoregressive: these batches do not broadcast: x \(5,\), context \(4,\)",
+        ),
+        (
+            lambda: fastflow.IAF(2, 2, (8,), 3).log_prob(torch.zeros(5, 2), torch.zeros(4, 3)),
+            ValueError,
+            r"Autoregressive: these batches do not broadcast: y \(5,\), context \(4,\)",
+        ),
         (lambda: ConditionalPlanarFlow(2, 3, 1, 32), TypeError, "hidden_features is 32"),
         (lambda: Permutation([1.0, 0.0]), TypeError, "order is torch.float32"),
         (lambda: Chain(), ValueError, "bijections is empty"),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fastflow.bijections.base import Bijection, check_features
+from fastflow.bijections.base import Bijection, check_batches, check_features
 from fastflow.bijections.made import MADE
 from fastflow.functional.autoregressive import autoregressive, autoregressive_inverse
 from fastflow.scales import Scale, scale_map
@@ -74,11 +74,13 @@ class MaskedAffineAutoregressive(Bijection):
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_features("MaskedAffineAutoregressive", "x", x, self.features)
         network = self.network.network(context)
+        check_batches("MaskedAffineAutoregressive", "x", x, context)
         return autoregressive(x, **network, scale=self.scale, recompute=self.recompute)
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_features("MaskedAffineAutoregressive", "y", y, self.features)
         network = self.network.network(context)
+        check_batches("MaskedAffineAutoregressive", "y", y, context)
         return autoregressive_inverse(y, **network, scale=self.scale, recompute=self.recompute)
 
     def extra_repr(self) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastflow.functional.checks import broadcast_batches
+
 
 class Bijection(nn.Module):
     r"""A differentiable, invertible map of (\*batch, D) onto itself.
@@ -109,6 +111,12 @@ def check_features(owner: str, name: str, tensor: Tensor, features: int) -> None
         raise ValueError(
             f"{owner}: {name} has shape {tuple(tensor.shape)}, must be (..., {features})"
         )
+
+
+def check_batches(owner: str, name: str, points: Tensor, context: Tensor | None) -> None:
+    """Raises ValueError unless the batches of points and of a context, if there is one, fit."""
+    if context is not None and points.shape[:-1] != context.shape[:-1]:  # most often they are equal
+        broadcast_batches(owner, **{name: points.shape[:-1], "context": context.shape[:-1]})
 
 
 def check_type(owner: str, name: str, tensor: Tensor, parameter: Tensor) -> None:

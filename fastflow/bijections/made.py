@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from fastflow import masks
 from fastflow.bijections.arranged import Arranged
-from fastflow.bijections.base import check_features, check_type, positive_int, refuse_context
+from fastflow.bijections.base import (
+    check_batches,
+    check_features,
+    check_type,
+    positive_int,
+    refuse_context,
+)
 from fastflow.functional.made import made
 from fastflow.functional.network import check_activation
 from fastflow.reference.network import reach
@@ -116,7 +122,9 @@ class MADE(Arranged):
             (\*batch, D, P).
         """
         check_features("MADE", "x", x, self.features)
-        outputs = made(x, **self.network(context))
+        network = self.network(context)
+        check_batches("MADE", "x", x, context)
+        outputs = made(x, **network)
         return outputs.unflatten(-1, (self.features, self.params_per_feature))
 
     def network(self, context: Tensor | None) -> dict[str, Any]:
