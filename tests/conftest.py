@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton decorates anything
 
 import cuda_on_host
+from vae_files import write_images
 
 import fastflow
 from fastflow import backends
@@ -82,6 +84,21 @@ def threads() -> Iterator[None]:
 def one_thread(threads: None) -> None:
     """Runs the test in one thread."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """A folder of tiny images for the tests of fastflow.vae."""
+    return write_images(tmp_path / "images")
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves out the pictures of runs, which take longer than the training of tiny models."""
+    from fastflow.vae import redraw, training  # which need optional packages
+
+    monkeypatch.setattr(training, "draw_run", lambda *arguments: None)
+    monkeypatch.setattr(redraw, "draw_runs", lambda *arguments: None)
 
 
 @pytest.fixture(scope="session")

@@ -17,14 +17,14 @@ pytest.importorskip("safetensors")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 pytest.importorskip("tabulate")
-from vae_files import SHAPE, write_images
+from vae_command import COMMAND, call, complaint
+from vae_files import SHAPE
 
-from fastflow.vae import Config, build, cli, evaluate, evaluation, jobs, redraw, training
+from fastflow.vae import Config, build, evaluate, evaluation, jobs
 from fastflow.vae.checkpoint import save_model
 from fastflow.vae.compare import concerning
 from fastflow.vae.summary import Row, read_result, render, summarise
 
-COMMAND = [sys.executable, "-W", "ignore", "-m", "fastflow.vae"]
 TINY = ["--hidden", "6", "--epochs", "2", "--importance-samples", "4", "--device", "cpu"]
 TINY += ["--latent", "3"]  # those of 2 latents have more pictures, which take time
 DERIVED = ("compare.json", "compare.csv", "compare.md", "timing.json")  # have times in them
@@ -32,33 +32,8 @@ DERIVED = ("compare.json", "compare.csv", "compare.md", "timing.json")  # have t
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture
-def no_pictures(monkeypatch):
-    """Leaves out the pictures, which take longer than the training of tiny models."""
-    monkeypatch.setattr(training, "draw_run", lambda *arguments: None)
-    monkeypatch.setattr(redraw, "draw_runs", lambda *arguments: None)
-
-
-@pytest.fixture
-def images(tmp_path):
-    return write_images(tmp_path / "images")
-
-
-def call(*words):
-    try:
-        return cli.main([str(word) for word in words])
-    except SystemExit as end:
-        return end.code
-
-
 def compare(images, out, *words):
     return call("compare", *TINY, "--data", "mnist", "--data-root", images, "--out", out, *words)
-
-
-def complaint(capsys):
-    error = capsys.readouterr().err
-    assert error.startswith("fastflow.vae: ") and error.count("\n") == 1, error
-    return error
 
 
 def contents(folder):
@@ -133,6 +108,7 @@ def test_more_epochs_continue_the_runs(tmp_path, images):
     assert contents(parts) == contents(whole)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_killed_comparison_of_two_jobs_ends_like_an_unbroken_one_of_one_job(tmp_path, images):
     settings = ["--posteriors", "gaussian", "planar", "--hidden", "20", "--epochs", "12"]
     settings += ["--data", "mnist", "--importance-samples", "4", "--latent", "3"]
@@ -165,6 +141,7 @@ def test_children_end_with_a_parent_that_is_killed(tmp_path, images):
     assert before == [table.read_bytes() for table in tables if table.exists()]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_run_that_fails_does_not_end_the_others(tmp_path, images, monkeypatch, capsys):
     start = jobs.Run.start
 
@@ -174,13 +151,13 @@ def test_a_run_that_fails_does_not_end_the_others(tmp_path, images, monkeypatch,
             run.model.decoder[0].weight.data.fill_(math.inf)
         return run
 
-    monkeypatch.setattr(jobs.Run, "start", fail_for_planar)
     out = tmp_path / "out"
-    assert compare(images, out, "--posteriors", "planar", "gaussian") == 2
+    with monkeypatch.context() as patched:
+        patched.setattr(jobs.Run, "start", fail_for_planar)
+        assert compare(images, out, "--posteriors", "planar", "gaussian") == 2
     error = complaint(capsys)
     assert "1 of 2 runs failed, first planar-seed0: epoch 1: the loss is not finite" in error
     assert read_result(out / "gaussian-seed0").test and not (out / "compare.json").exists()
-    monkeypatch.undo()
     assert call("compare", "--out", out, "--data-root", images, "--resume") == 0
 
 

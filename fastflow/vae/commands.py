@@ -104,12 +104,13 @@ def sample(options: argparse.Namespace) -> None:
 
     device = _device(options.device)
     model, config, shape = load_model(options.checkpoint, device)
+    config = replace(config, seed=options.seed)
     if options.manifold:
         if config.latent != 2:
             raise VaeError(f"--manifold needs 2 latents, {options.checkpoint} has {config.latent}")
         draw_manifold(options.out, model, shape, options.grid)
     else:
-        drawn = sample_images(model, options.grid, generator_for(device, options.seed, "samples"))
+        drawn = sample_images(model, options.grid, generator_for(device, config.seed, "samples"))
         draw_samples(options.out, {PRIOR_TITLE: drawn}, shape)
     _say(str(options.out))
 

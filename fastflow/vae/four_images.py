@@ -13,9 +13,10 @@ from torch import Tensor
 
 from fastflow.vae.checkpoint import load_model, save_model
 from fastflow.vae.compare import concerning
-from fastflow.vae.config import Config
+from fastflow.vae.config import Config, flag
 from fastflow.vae.contours import draw_true_posterior
 from fastflow.vae.data import load
+from fastflow.vae.errors import VaeError
 from fastflow.vae.files import write_json
 from fastflow.vae.models import VAE, build
 from fastflow.vae.registry import FLOW_SETTINGS
@@ -61,9 +62,15 @@ class Experiment:
             device: where the models compute.
 
         Raises:
-            VaeError: a setting is wrong, the images are not there, or training fails.
+            VaeError: a setting is wrong, the images are not there, they would change from step to
+                step, or training fails.
         """
         config = Config(**concerning("gaussian", settings))
+        if config.binarise == "dynamic":
+            raise VaeError(
+                f"{flag('binarise', 'dynamic')} draws the pixels anew in every epoch, the images "
+                "of a true posterior must stay as they are: none or static"
+            )
         data = split(load(config.data, data_root), config).to(device)
         images, model = data.train[:count], build(config, data.shape).to(device)
         generator = generator_for(device, config.seed, "decoder")
