@@ -24,22 +24,11 @@ import masked_peers
 import peers
 import pytest
 import torch
-from comparison import (
-    CLOCK,
-    LIBRARY,
-    SETTINGS,
-    WITH_GRADIENTS,
-    Comparison,
-    Group,
-    Settings,
-    compare,
-    parametrize,
-    results,
-    show,
-)
+from comparison import LIBRARY, WITH_GRADIENTS, Comparison, Group, Settings, compare, results
 from masked_peers import FORMS, PEERS, PLAIN, Form, Network
 from peers import Chain
 from pytest_benchmark.fixture import BenchmarkFixture
+from suite import MARKS, SETTINGS, Outcomes, parametrize
 from torch import Tensor
 
 from fastflow import backends
@@ -67,10 +56,7 @@ hundred times as many."""
 LEAST_ROWS = 32
 """A product with fewer rows than this costs as much: the weights must be read all the same."""
 
-pytestmark = [
-    pytest.mark.benchmark(timer=CLOCK.now),
-    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),  # pyro, when it is imported
-]
+pytestmark = MARKS
 
 
 class Case(NamedTuple):
@@ -247,8 +233,6 @@ def outputs(direction: str) -> tuple[str, str]:
 def run_comparison(case: Case, direction: str, settings: Settings, timed: bool) -> Comparison:
     """The contenders of one direction of one case, checked and timed."""
     names = contenders(case, direction, settings.device.type)
-    if settings.late():
-        return Comparison(absent=dict.fromkeys(names, "the time set by --bench-seconds is used up"))
     reasons = {name: absence(name, case, direction, settings) for name in names}
     members = [name for name in names if reasons[name] is None]
     own = [name for name in members if name.startswith(LIBRARY)]
@@ -290,21 +274,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def test_autoregressive(
-    benchmark: BenchmarkFixture,
-    settings: Settings,
-    outcomes: dict[tuple[Case, str], Comparison],
-    case: Case,
-    direction: str,
-    contender: str,
+    benchmark: BenchmarkFixture, outcomes: Outcomes, case: Case, direction: str, contender: str
 ) -> None:
-    if (case, direction) not in outcomes:
-        outcomes[case, direction] = run_comparison(case, direction, settings, benchmark.enabled)
-    benchmark.group = f"{case.op} {case} {direction}"
-    facts = {
-        "op": case.op,
-        "case": str(case),
-        "direction": direction,
-        "D": case.D,
-        "flops": case.flops(direction),
-    }
-    show(benchmark, outcomes[case, direction], contender, facts)
+    facts = {"D": case.D, "flops": case.flops(direction)}
+    outcomes.show(benchmark, run_comparison, case.op, case, direction, contender, **facts)

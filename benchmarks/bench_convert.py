@@ -21,22 +21,11 @@ from typing import NamedTuple
 import peers
 import pytest
 import torch
-from comparison import (
-    CLOCK,
-    LIBRARY,
-    SETTINGS,
-    WITH_GRADIENTS,
-    Comparison,
-    Group,
-    Settings,
-    compare,
-    parametrize,
-    results,
-    show,
-)
+from comparison import LIBRARY, WITH_GRADIENTS, Comparison, Group, Settings, compare, results
 from masked_peers import ACTIVATIONS
 from peers import Chain
 from pytest_benchmark.fixture import BenchmarkFixture
+from suite import MARKS, SETTINGS, Outcomes, parametrize
 from torch import Tensor, nn
 
 import fastflow
@@ -46,10 +35,7 @@ OP = "convert"
 OUTPUTS = {"density": ("log_prob",), "sample": ("x",)}
 BACKENDS = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
 
-pytestmark = [
-    pytest.mark.benchmark(timer=CLOCK.now),
-    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),  # pyro, when it is imported
-]
+pytestmark = MARKS
 
 
 class Case(NamedTuple):
@@ -229,8 +215,6 @@ def float64() -> Iterator[None]:
 def run_comparison(case: Case, direction: str, settings: Settings, timed: bool) -> Comparison:
     """The contenders of one direction of one case, checked and timed."""
     names = contenders(case, settings.device.type)
-    if settings.late():
-        return Comparison(absent=dict.fromkeys(names, "the time set by --bench-seconds is used up"))
     reasons = {name: absence(name, case) for name in names}
     absent = {name: reason for name, reason in reasons.items() if reason is not None}
     if case.library in absent:
@@ -277,21 +261,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def test_convert(
-    benchmark: BenchmarkFixture,
-    settings: Settings,
-    outcomes: dict[tuple[Case, str], Comparison],
-    case: Case,
-    direction: str,
-    contender: str,
+    benchmark: BenchmarkFixture, outcomes: Outcomes, case: Case, direction: str, contender: str
 ) -> None:
-    if (case, direction) not in outcomes:
-        outcomes[case, direction] = run_comparison(case, direction, settings, benchmark.enabled)
-    benchmark.group = f"{OP} {case} {direction}"
-    facts = {
-        "op": OP,
-        "case": str(case),
-        "direction": direction,
-        "D": case.D,
-        "flops": case.flops(direction),
-    }
-    show(benchmark, outcomes[case, direction], contender, facts)
+    facts = {"D": case.D, "flops": case.flops(direction)}
+    outcomes.show(benchmark, run_comparison, OP, case, direction, contender, **facts)

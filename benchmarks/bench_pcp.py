@@ -17,21 +17,10 @@ from typing import NamedTuple
 import pcp_peers
 import pytest
 import torch
-from comparison import (
-    CLOCK,
-    LIBRARY,
-    SETTINGS,
-    WITH_GRADIENTS,
-    Comparison,
-    Group,
-    Settings,
-    compare,
-    parametrize,
-    results,
-    show,
-)
+from comparison import LIBRARY, WITH_GRADIENTS, Comparison, Group, Settings, compare, results
 from pcp_peers import HESSIANS, NEWTON_STEPS, NEWTON_STEPS_EXACT, Problem
 from pytest_benchmark.fixture import BenchmarkFixture
+from suite import MARKS, SETTINGS, Outcomes, parametrize
 
 import fastflow
 
@@ -40,10 +29,7 @@ DIRECTIONS = ("forward", "forward_backward", "inverse")
 OWN = LIBRARY + "reference"  # plain PyTorch on every device
 CONTENDERS = (OWN, *HESSIANS)
 
-pytestmark = [
-    pytest.mark.benchmark(timer=CLOCK.now),
-    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),  # torch.func's own
-]
+pytestmark = MARKS
 
 
 class Case(NamedTuple):
@@ -84,9 +70,6 @@ CASES["full"] = CASES["short"] + [Case(16, 16), Case(1024, 2), Case(1024, 32, 12
 
 def run_comparison(case: Case, direction: str, settings: Settings, timed: bool) -> Comparison:
     """The contenders of one direction of one case, checked and timed."""
-    if settings.late():
-        reason = "the time set by --bench-seconds is used up"
-        return Comparison(absent=dict.fromkeys(CONTENDERS, reason))
     problem, inverse = case.problem(settings.device), direction == "inverse"
     if inverse:
         with torch.no_grad():
@@ -119,20 +102,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def test_pcp(
-    benchmark: BenchmarkFixture,
-    settings: Settings,
-    outcomes: dict[tuple[Case, str], Comparison],
-    case: Case,
-    direction: str,
-    contender: str,
+    benchmark: BenchmarkFixture, outcomes: Outcomes, case: Case, direction: str, contender: str
 ) -> None:
-    if (case, direction) not in outcomes:
-        outcomes[case, direction] = run_comparison(case, direction, settings, benchmark.enabled)
-    benchmark.group = f"{OP} {case} {direction}"
-    facts = {
-        "op": OP,
-        "case": str(case),
-        "direction": direction,
-        "flops": case.flops(direction),
-    }
-    show(benchmark, outcomes[case, direction], contender, facts)
+    facts = {"flops": case.flops(direction)}
+    outcomes.show(benchmark, run_comparison, OP, case, direction, contender, **facts)

@@ -18,19 +18,9 @@ from typing import NamedTuple
 import peers
 import pytest
 import torch
-from comparison import (
-    CLOCK,
-    LIBRARY,
-    SETTINGS,
-    Comparison,
-    Group,
-    Settings,
-    compare,
-    parametrize,
-    results,
-    show,
-)
+from comparison import LIBRARY, Comparison, Group, Settings, compare, results
 from pytest_benchmark.fixture import BenchmarkFixture
+from suite import MARKS, SETTINGS, Outcomes, parametrize
 from torch import Tensor
 
 import fastflow
@@ -42,10 +32,7 @@ BACKENDS = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
 REFERENCE_LIMIT = 2**20
 """The reference backend is plain PyTorch too: it is timed for cases up to this many B D K."""
 
-pytestmark = [
-    pytest.mark.benchmark(timer=CLOCK.now),
-    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),  # pyro, when it is imported
-]
+pytestmark = MARKS
 
 
 class Case(NamedTuple):
@@ -194,8 +181,6 @@ def run_comparison(case: Case, direction: str, settings: Settings, timed: bool) 
     """The contenders of one direction of one case, checked and timed."""
     device = settings.device
     names = contenders(case, direction, device.type)
-    if settings.late():
-        return Comparison(absent=dict.fromkeys(names, "the time set by --bench-seconds is used up"))
     needed = 4 * 8 * case.B * case.D * case.K  # plain PyTorch keeps several (B, D) for every step
     if needed > memory(device) / 2:
         reason = f"needs about {needed / 2**30:.0f} GiB, too much for this device"
@@ -245,22 +230,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def test_planar_flow(
-    benchmark: BenchmarkFixture,
-    settings: Settings,
-    outcomes: dict[tuple[Case, str], Comparison],
-    case: Case,
-    direction: str,
-    contender: str,
+    benchmark: BenchmarkFixture, outcomes: Outcomes, case: Case, direction: str, contender: str
 ) -> None:
-    if (case, direction) not in outcomes:
-        outcomes[case, direction] = run_comparison(case, direction, settings, benchmark.enabled)
-    outcome = outcomes[case, direction]
-    benchmark.group = f"{OP} {case} {direction}"
-    facts = {
-        "op": OP,
-        "case": str(case),
-        "direction": direction,
-        "bytes_moved": case.bytes_moved(direction),
-        "flops": case.flops(direction),
-    }
-    show(benchmark, outcome, contender, facts)
+    facts = {"bytes_moved": case.bytes_moved(direction), "flops": case.flops(direction)}
+    outcomes.show(benchmark, run_comparison, OP, case, direction, contender, **facts)

@@ -16,19 +16,10 @@ import peers
 import pytest
 import torch
 import vae_peers
-from comparison import (
-    CLOCK,
-    LIBRARY,
-    SETTINGS,
-    Comparison,
-    Group,
-    Settings,
-    compare,
-    results,
-    show,
-)
+from comparison import LIBRARY, Comparison, Group, Settings, compare, results
 from peers import Chain
 from pytest_benchmark.fixture import BenchmarkFixture
+from suite import MARKS, SETTINGS, Outcomes, parametrize
 from torch import Tensor
 
 import fastflow
@@ -39,7 +30,7 @@ OP = "vae"
 DIRECTION = "training"
 BACKENDS = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
 
-pytestmark = pytest.mark.benchmark(timer=CLOCK.now)
+pytestmark = MARKS
 
 
 class Case(NamedTuple):
@@ -126,16 +117,14 @@ def builder(
     return make
 
 
-def run_comparison(case: Case, settings: Settings, timed: bool) -> Comparison:
+def run_comparison(case: Case, direction: str, settings: Settings, timed: bool) -> Comparison:
     """The contenders of one case, checked and timed."""
     device = settings.device
     names = contenders(case, device.type)
-    if settings.late():
-        return Comparison(absent=dict.fromkeys(names, "the time set by --bench-seconds is used up"))
     cotangents = (torch.full((case.B,), 1 / case.B, device=device),) * 2
     exact_chain = builder("eager", case, torch.float64, device)()
     given = tuple(cotangent.double() for cotangent in cotangents)
-    exact = results(exact_chain, DIRECTION, vae_peers.NAMES, given)
+    exact = results(exact_chain, direction, vae_peers.NAMES, given)
     reasons = {name: absence(name) for name in names}
     builders = {
         name: builder(name, case, torch.float32, device) for name in names if reasons[name] is None
@@ -143,7 +132,7 @@ def run_comparison(case: Case, settings: Settings, timed: bool) -> Comparison:
     return compare(
         [Group(builders, None, exact)],
         {name: reason for name, reason in reasons.items() if reason is not None},
-        DIRECTION,
+        direction,
         vae_peers.NAMES,
         cotangents,
         case.K,
@@ -154,25 +143,18 @@ def run_comparison(case: Case, settings: Settings, timed: bool) -> Comparison:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     settings: Settings = metafunc.config.stash[SETTINGS]
-    pairs = [
-        pytest.param(case, contender, id=f"{case}-{DIRECTION}-{contender}")
+    triples = [
+        (case, DIRECTION, contender)
         for case in cases(settings.grid)
         for contender in contenders(case, settings.device.type)
     ]
-    metafunc.parametrize(("case", "contender"), pairs)
+    parametrize(metafunc, triples)
 
 
 def test_vae(
-    benchmark: BenchmarkFixture,
-    settings: Settings,
-    outcomes: dict[Case, Comparison],
-    case: Case,
-    contender: str,
+    benchmark: BenchmarkFixture, outcomes: Outcomes, case: Case, direction: str, contender: str
 ) -> None:
-    if case not in outcomes:
-        outcomes[case] = run_comparison(case, settings, benchmark.enabled)
-    benchmark.group = f"{OP} {case} {DIRECTION}"
-    facts = {"op": OP, "case": str(case), "direction": DIRECTION, "flops": case.flops()}
-    show(benchmark, outcomes[case], contender, facts)
+    facts = {"flops": case.flops()}
+    outcomes.show(benchmark, run_comparison, OP, case, direction, contender, **facts)
     if benchmark.enabled:
         benchmark.extra_info["steps_per_second"] = 1 / benchmark.extra_info["median_seconds"]

@@ -10,10 +10,8 @@ from functools import partial
 
 import gate
 import measure
-import pytest
 import torch
 from peers import Chain
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 BASELINES = (
@@ -23,7 +21,6 @@ BASELINES = (
 )
 WITH_GRADIENTS = ("backward", "forward_backward", "inverse_backward", "training", "density")
 LIBRARY = "fastflow-"
-CLOCK = measure.RecordedClock()
 ONCE_SECONDS = 10.0
 """A contender that takes longer for the call that is checked is not called again, unless the first
 call says nothing of the others."""
@@ -52,10 +49,6 @@ class Settings:
 
     def late(self) -> bool:
         return self.deadline is not None and time.monotonic() > self.deadline
-
-
-SETTINGS = pytest.StashKey[Settings]()
-"""Where conftest.py leaves the settings of a run."""
 
 
 @dataclass
@@ -255,43 +248,6 @@ def training_step(chain: Chain) -> Callable[[object], None]:
         optimiser.step()
 
     return step
-
-
-def parametrize(metafunc: pytest.Metafunc, triples: list[tuple[object, str, str]]) -> None:
-    """One benchmark for every case, direction and contender, named after the three."""
-    ids = ["-".join(map(str, triple)) for triple in triples]
-    metafunc.parametrize(("case", "direction", "contender"), triples, ids=ids)
-
-
-def show(
-    benchmark: BenchmarkFixture, outcome: Comparison, contender: str, facts: dict[str, object]
-) -> None:
-    """Makes a benchmark of a contender's share of a comparison; skips or fails without one."""
-    if contender in outcome.absent:
-        pytest.skip(outcome.absent[contender])
-    if contender in outcome.refused:
-        pytest.fail(outcome.refused[contender], pytrace=False)
-    if not benchmark.enabled:
-        benchmark(lambda: None)
-        return
-    times = outcome.times[contender]
-    seconds = measure.median(times)
-    benchmark.extra_info.update(
-        facts,
-        contender=contender,
-        backend=contender.removeprefix(LIBRARY) if contender.startswith(LIBRARY) else None,
-        median_seconds=seconds,
-        rounds=len(times),
-        speedup_over=outcome.speedups(contender),
-        errors=outcome.errors[contender],
-        saved_bytes=outcome.saved_bytes.get(contender),
-        copy_gbps=outcome.copy_gbps,
-        share_of_copy=outcome.share_of_copy.get(contender),
-        gflops=facts["flops"] / seconds / 1e9,
-    )
-    if facts.get("bytes_moved"):
-        benchmark.extra_info["gbps"] = facts["bytes_moved"] / seconds / 1e9
-    benchmark.pedantic(CLOCK.player(times), rounds=len(times))
 
 
 @contextmanager

@@ -17,7 +17,8 @@ import time
 import environment
 import pytest
 import torch
-from comparison import EFFORTS, SETTINGS, Comparison, Settings
+from comparison import EFFORTS, Settings
+from suite import SETTINGS, Outcomes
 
 DEFAULTS = {
     "bench_grid": os.environ.get("FASTFLOW_BENCH", "short"),
@@ -77,12 +78,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info["fastflow"] = {**environment.describe(settings.device), "grid": settings.grid}
 
 
-@pytest.fixture(scope="session")
-def settings(pytestconfig: pytest.Config) -> Settings:
-    return pytestconfig.stash[SETTINGS]
-
-
 @pytest.fixture(scope="module")
-def outcomes() -> dict[object, Comparison]:
-    """The comparisons made so far: the first benchmark of one makes it for all its contenders."""
-    return {}
+def outcomes(pytestconfig: pytest.Config) -> Outcomes:
+    """The comparisons of the file made so far."""
+    return Outcomes(pytestconfig.stash[SETTINGS])

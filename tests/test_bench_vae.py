@@ -41,7 +41,7 @@ def test_rivals_are_the_same_model_to_rounding(case):
 @pytest.mark.parametrize("case", SMOKE, ids=str)
 def test_a_wrong_flow_is_refused(case, monkeypatch):
     settings = Settings(CPU, "smoke")
-    outcome = run_comparison(case, settings, timed=False)
+    outcome = run_comparison(case, "training", settings, timed=False)
     assert not outcome.refused and "eager" in outcome.errors
     exact = builder("eager", case, torch.float64, CPU)
 
@@ -62,7 +62,7 @@ def test_a_wrong_flow_is_refused(case, monkeypatch):
         )
 
     monkeypatch.setattr("bench_vae.builder", build)
-    outcome = run_comparison(case, settings, timed=False)
+    outcome = run_comparison(case, "training", settings, timed=False)
     assert set(outcome.refused) == set(contenders(case, "cpu")) - {"eager"} - set(outcome.absent)
 
 
