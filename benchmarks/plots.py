@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,6 +34,13 @@ MARKERS = {
     **{"vjps": "o", "hessian": "s"},
 }
 OWN = "#222222"
+INVERSES = ("inverse", "inverse_backward", "sample")
+TICKS = {  # within a decade, on an axis whose ends differ by less than a factor
+    3: (1, 1.2, 1.5, 2, 3, 4, 6, 8),
+    8: (1, 1.5, 2, 3, 5),
+    300: (1, 2, 5),
+    math.inf: (1,),
+}
 
 
 def plot(run: Run, op: str, path: Path) -> bool:
@@ -51,32 +59,70 @@ def plot_sweep(run: Run, op: str, path: Path) -> None:
     rows = run.rows_of(op)
     inverse = sorted((r for r in rows if r.direction == "inverse"), key=_features)
     forward = sorted((r for r in rows if r.direction == "forward"), key=_features)
-    figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    figure, axis = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
     unit = forward[0].fastest["median_seconds"]
+    own = inverse[-1].fastest["median_seconds"]
+    ends = {}
     for rival in (name for name in RIVALS if any(name in row.contenders for row in inverse)):
         known = [row for row in inverse if rival in row.contenders]
-        costs = [row.contenders[rival]["median_seconds"] / unit for row in known]
-        style = {"color": COLOURS[rival], "marker": MARKERS[rival], "label": RIVALS[rival]}
+        seconds = [row.contenders[rival]["median_seconds"] for row in known]
+        style = {"color": COLOURS[rival], "marker": MARKERS[rival]}
+        costs = [one / unit for one in seconds]
         axis.plot([_features(row) for row in known], costs, linewidth=1.2, markersize=5, **style)
-    for some, style, label in (
-        (inverse, "-", "fastflow"),
-        (forward, "--", "fastflow, other direction"),
-    ):
+        at_last = known[-1] is inverse[-1]
+        times = f"  {seconds[-1] / own:.0f}x" if at_last else ""
+        ends[f"{RIVALS[rival]}{times}"] = costs[-1], COLOURS[rival]
+    for some, style, label in ((inverse, "-", "fastflow"), (forward, "--", "fastflow, forward")):
         costs = [row.fastest["median_seconds"] / unit for row in some]
-        style = {"color": OWN, "linestyle": style, "marker": "o", "label": label}
+        style = {"color": OWN, "linestyle": style, "marker": "o"}
         axis.plot([_features(row) for row in some], costs, linewidth=2, markersize=4, **style)
-    axis.set(xscale="log", yscale="log", xlabel="D", ylabel="cost of one inverse")
-    axis.set_xticks([_features(row) for row in inverse], [str(_features(row)) for row in inverse])
+        ends[label] = costs[-1], OWN
+    places = [_features(row) for row in inverse]
+    if "eager" in inverse[0].contenders:  # below the peers, which start where it does
+        start = inverse[0].contenders["eager"]["median_seconds"] / unit / 2
+        guide = [start * place / places[0] for place in places]
+        axis.plot(places, guide, color="0.6", linestyle=":", linewidth=1.5)
+        ends["proportional to D"] = guide[-1], "0.45"
+    axis.set(xscale="log", yscale="log", xlabel="D", ylabel="time of one inverse")
+    axis.set_xticks(places, [str(place) for place in places])
     axis.xaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.yaxis.set_minor_locator(NullLocator())
     axis.grid(color="0.9", linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
+    _label_ends(axis, places[-1], ends)
     axis.set_title(
-        f"{inverse[0].case} and other D\n1: fastflow's parallel pass at the first D\n{run.title}",
+        f"{inverse[0].case} and other D. 1: fastflow's forward pass at D = {places[0]}\n"
+        f"At the right: times fastflow's inverse at D = {places[-1]}\n{run.title}",
         fontsize=9,
     )
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def _label_ends(axis: Axes, place: float, ends: dict[str, tuple[float, str]]) -> None:
+    """Names curves right of where they end, those that end close to each other one below another.
+
+    Arguments:
+        axis: logarithmic, with limits that stay.
+        place: where the curves end.
+        ends: the ends' heights and colours, by name.
+    """
+    low, high = (math.log(limit) for limit in axis.get_ylim())
+    gap = (high - low) / 22  # a line of the labels
+    below = math.inf
+    for name, (end, colour) in sorted(ends.items(), key=lambda item: -item[1][0]):
+        below = min(math.log(end), below - gap)
+        axis.annotate(
+            name,
+            (place, end),
+            xytext=(1.03, (below - low) / (high - low)),
+            textcoords="axes fraction",
+            color=colour,
+            fontsize=8,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "relpos": (0, 0.5)},
+        )
 
 
 def _features(row: Row) -> int:
@@ -92,7 +138,6 @@ def plot_speedups(run: Run, op: str, path: Path) -> None:
         1,
         len(directions),
         figsize=(3.4 + 2.5 * len(directions), 1.4 + 0.55 * len(cases)),
-        sharex=True,
         sharey=True,
         squeeze=False,
         layout="constrained",
@@ -102,7 +147,10 @@ def plot_speedups(run: Run, op: str, path: Path) -> None:
         for row in (row for row in rows if row.direction == direction):
             drawn |= _draw_speedups(axis, cases.index(row.case), row.fastest["speedup_over"])
         axis.set_title(DIRECTIONS[direction], fontsize=10)
-    _style_axes(axes[0], cases)
+    for inverses in (False, True):  # whose speed-ups may be far from those of the other way
+        some = [a for a, name in zip(axes[0], directions) if (name in INVERSES) == inverses]
+        if some:
+            _style_axes(some, cases)
     figure.supxlabel(
         "speed-up of fastflow, quartiles of rounds (grey: fastflow is slower)", fontsize=9
     )
@@ -134,11 +182,12 @@ def _draw_speedups(axis: Axes, line: int, over: dict[str, dict[str, float]]) -> 
 
 
 def _style_axes(axes: Sequence[Axes], cases: list[str]) -> None:
-    """A shared logarithmic axis that always shows 1, a band for every other case."""
-    axes[0].set_xscale("log")
-    low, high = axes[0].get_xlim()
-    low, high = min(low, 0.8), max(high, 1.25)
-    steps = (1, 2, 5) if high / low < 300 else (1,)
+    """One logarithmic axis for all, which always shows 1, and a band for every case."""
+    for axis in axes:
+        axis.set_xscale("log")
+    limits = [axis.get_xlim() for axis in axes]
+    low, high = min(0.8, *(low for low, _ in limits)), max(1.25, *(high for _, high in limits))
+    steps = next(steps for widest, steps in TICKS.items() if high / low < widest)
     for axis in axes:
         axis.set_xlim(low, high)
         axis.set_ylim(len(cases) - 0.5, -0.5)
