@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastflow.vae.arguments import given_settings
 from fastflow.vae.config import Config, choices, flag, refuse_without_effect
 from fastflow.vae.data import load
 from fastflow.vae.distributed import Team, local_device
 from fastflow.vae.errors import VaeError
+from fastflow.vae.options import given_settings
 from fastflow.vae.seeding import generator_for
 from fastflow.vae.splits import splits_of
 
