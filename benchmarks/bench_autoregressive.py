@@ -2,7 +2,7 @@
 
 As for planar chains (bench_planar_flow.py): one benchmark is one contender in one direction of one
 case, contenders take turns, and each answer is checked against float64 first. All have the same
-masks and weights (masked_peers.py).
+masks and weights (masked_network.py).
 
 forward is the parallel direction without gradients, forward_backward with the gradients of all
 inputs and parameters, training a whole step of Adam on the density of the outputs. inverse is what
@@ -20,12 +20,14 @@ from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
+import masked_eager
 import masked_peers
 import peers
 import pytest
 import torch
 from comparison import LIBRARY, WITH_GRADIENTS, Comparison, Group, Settings, compare, results
-from masked_peers import FORMS, PEERS, PLAIN, Form, Network
+from masked_network import FORMS, PLAIN, Form, Network, draw
+from masked_peers import PEERS
 from peers import Chain
 from pytest_benchmark.fixture import BenchmarkFixture
 from suite import MARKS, SETTINGS, Outcomes, parametrize
@@ -98,7 +100,7 @@ class Case(NamedTuple):
 
     def network(self, form: Form, device: torch.device) -> Network:
         sizes = self.B, self.D, self.widths, self.context, self.activation
-        return masked_peers.draw(*sizes, form, device)
+        return draw(*sizes, form, device)
 
 
 SBI = Case(200, 6, (50, 50, 50), 12, "tanh")
@@ -177,12 +179,12 @@ def builder(contender: str, network: Network, inverse: bool) -> Callable[[], Cha
         return partial(masked_peers.fastflow_layer, network, backend, inverse)
     if contender in PEERS:
         return partial(PEERS[contender], network, inverse)
-    eager = masked_peers.eager_inverse if inverse else masked_peers.eager
+    eager = masked_eager.eager_inverse if inverse else masked_eager.eager
     return {
-        "eager": partial(masked_peers.of_function, network, eager),
-        "jacobi": partial(masked_peers.of_function, network, masked_peers.jacobi_inverse),
-        "compile": partial(masked_peers.compiled, network),
-        "dense": partial(masked_peers.dense_chain, network),
+        "eager": partial(masked_eager.of_function, network, eager),
+        "jacobi": partial(masked_eager.of_function, network, masked_eager.jacobi_inverse),
+        "compile": partial(masked_eager.compiled, network),
+        "dense": partial(masked_eager.dense_chain, network),
     }[contender]
 
 
@@ -207,7 +209,7 @@ def group(
     inverse = direction in INVERSE
     if inverse:
         with torch.no_grad():
-            network = network.at(masked_peers.eager(network, network.tensors)[0])
+            network = network.at(masked_eager.eager(network, network.tensors)[0])
     wanted = [expected(one, direction, cotangents) for one in (network, network.double())]
     return Group({name: builder(name, network, inverse) for name in members}, *wanted, rival)
 
@@ -219,9 +221,9 @@ def expected(
     given = tuple(cotangent.to(network.tensors["x"]) for cotangent in cotangents)
     if direction in INVERSE:
         differentiated = direction in WITH_GRADIENTS
-        return masked_peers.inverse_and_gradients(network, given if differentiated else None)
+        return masked_eager.inverse_and_gradients(network, given if differentiated else None)
     return results(
-        masked_peers.of_function(network, masked_peers.eager), direction, outputs(direction), given
+        masked_eager.of_function(network, masked_eager.eager), direction, outputs(direction), given
     )
 
 

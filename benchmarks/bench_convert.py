@@ -22,7 +22,7 @@ import peers
 import pytest
 import torch
 from comparison import LIBRARY, WITH_GRADIENTS, Comparison, Group, Settings, compare, results
-from masked_peers import ACTIVATIONS
+from masked_network import ACTIVATIONS
 from peers import Chain
 from pytest_benchmark.fixture import BenchmarkFixture
 from suite import MARKS, SETTINGS, Outcomes, parametrize

@@ -1,10 +1,8 @@
 """Affine autoregressive layers of fastflow and of its peers, all with the same masks and weights.
 
-The peers agree on the layer, not on how they store it: the rows of the last layer come in another
-order, the context's columns stand before or after the features', and every one has its own map from
-a to the scale. So one network is drawn, written into each of them together with its masks (a
-product with other zeros costs the same), and fastflow's layer is given the scale map of the peer it
-is compared with: a `Form`.
+The peers do not agree on how they store a network: the rows of the last layer come in another
+order, the context's columns stand before or after the features'. So one network (masked_network.py)
+is written into each of them together with its masks: a product with other zeros costs the same.
 
 Every contender is a `Chain` whose gradients come back as those of `Network.tensors`.
 """
@@ -15,107 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from peers import Chain, softplus
+from masked_network import ACTIVATIONS, Network, layer_of
+from peers import Chain
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import fastflow
-from fastflow import masks, scales
-
-ACTIVATIONS = {"relu": (torch.relu, nn.ReLU), "tanh": (torch.tanh, nn.Tanh)}
-
-
-@dataclass(frozen=True)
-class Form:
-    """The formulas of a layer.
-
-    Arguments:
-        scale: the map from a to the scale.
-        residual: the hidden layers form blocks h + W' act(W act(h) + b) + b' after a first one.
-        active_context: the first hidden layer adds act(V c + v), not V c.
-    """
-
-    scale: scales.Scale
-    residual: bool = False
-    active_context: bool = False
-
-
-PLAIN = Form(scales.SoftClip(slope=1e-3))
-FORMS = {
-    "zuko": PLAIN,
-    "nflows": Form(scales.Softplus(offset=0.0, minimum=1e-3), active_context=True),
-    # normflows' layers without blocks have no activation after the first layer: no MLP to compare
-    "normflows": Form(scales.Sigmoid(offset=2.0, minimum=1e-3), residual=True),
-    "pyro": Form(scales.Clamp(-5.0, 3.0)),
-}
-
-
-@dataclass(frozen=True)
-class Network:
-    """One network with its numbers, and where it is evaluated.
-
-    Arguments:
-        form: its formulas.
-        activation: "relu" or "tanh".
-        hidden: L, the number of hidden layers.
-        masks: bool (n_l, n_{l-1}) for every layer l = 1 .. L + 1.
-        tensors: x (B, D) first, which is y for an inverse; then W1, b1, .. for every layer, and
-            context (B, C), V (H, C) and, where the context's part is activated, v (H,).
-    """
-
-    form: Form
-    activation: str
-    hidden: int
-    masks: list[Tensor]
-    tensors: dict[str, Tensor]
-
-    def at(self, x: Tensor) -> Network:
-        """The same network at other points."""
-        return replace(self, tensors=self.tensors | {"x": x})
-
-    def double(self) -> Network:
-        tensors = {name: tensor.double() for name, tensor in self.tensors.items()}
-        return replace(self, tensors=tensors)
-
-    @property
-    def gradients(self) -> tuple[str, ...]:
-        """The names of the gradients."""
-        return tuple(f"d{name}" for name in self.tensors)
-
-
-def draw(
-    rows: int,
-    features: int,
-    widths: Sequence[int],
-    context: int,
-    activation: str,
-    form: Form,
-    device: torch.device,
-) -> Network:
-    """A network whose units are of order 1 and whose scales are moderate, at random points."""
-    if form.residual:
-        widths = widths[:1] * max(2, len(widths) // 2 * 2)
-    layer = _layer(features, widths, context, activation, form)
-    levels = [features, *(holder.out_features for holder in layer.network.layers)]
-    seen = masks.masks(layer.network.stairs, levels)
-    generator = torch.Generator().manual_seed(features + sum(widths))
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    tensors = {"x": randn(rows, features)}
-    for number, mask in enumerate(seen, 1):
-        gain = 0.3 if number == len(seen) else 1.0
-        fan = mask.sum(1, keepdim=True).clamp(min=1)
-        tensors[f"W{number}"] = gain * randn(*mask.shape) / fan**0.5
-        tensors[f"b{number}"] = 0.1 * randn(len(mask))
-    if context:
-        tensors |= {"context": randn(rows, context), "V": randn(levels[1], context) / context**0.5}
-        if form.active_context:
-            tensors["v"] = 0.1 * randn(levels[1])
-    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-    return Network(form, activation, len(seen) - 1, [mask.to(device) for mask in seen], tensors)
-
 
 # fastflow
 
@@ -126,7 +28,7 @@ def fastflow_layer(network: Network, backend: str, inverse: bool) -> Chain:
     own = network.form.residual  # its first layer is not among the layer's hidden_features
     widths = [t[f"W{number}"].shape[0] for number in range(1 + own, network.hidden + 1)]
     context = t["V"].shape[1] if "V" in t else 0
-    layer = _layer(t["x"].shape[1], widths, context, network.activation, network.form).to(t["x"])
+    layer = layer_of(t["x"].shape[1], widths, context, network.activation, network.form).to(t["x"])
     holders = list(layer.network.layers)
     own_context = layer.network.context_layer
     if network.form.active_context and context:  # what a layer converted from nflows looks like
@@ -136,149 +38,6 @@ def fastflow_layer(network: Network, backend: str, inverse: bool) -> Chain:
     direction = layer.inverse if inverse else layer.forward
     chain = _of_module(network, Layout(), holders, own_context, direction)
     return replace(chain, context=lambda: fastflow.use_backend(backend))
-
-
-def _layer(
-    features: int, widths: Sequence[int], context: int, activation: str, form: Form
-) -> fastflow.MaskedAffineAutoregressive:
-    return fastflow.MaskedAffineAutoregressive(
-        *(features, tuple(widths), context, activation), residual=form.residual, scale=form.scale
-    )
-
-
-# Plain PyTorch
-
-
-def outputs(
-    network: Network, t: dict[str, Tensor], x: Tensor, dense: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Shift and log-scale (B, D) of a masked network as it is usually written.
-
-    With `dense` the masks are left out: right only where the weights are zero already.
-    """
-    activation, L = ACTIVATIONS[network.activation][0], network.hidden
-    below, levels = x, []
-    for number in range(1, L + 2):
-        weight = t[f"W{number}"]
-        if not dense:
-            weight = weight * network.masks[number - 1]
-        p = F.linear(below, weight, t[f"b{number}"])
-        if number == 1 and "V" in t:
-            term = F.linear(t["context"], t["V"], t.get("v"))
-            p = p + (activation(term) if network.form.active_context else term)
-        if network.form.residual and number % 2 and 3 <= number <= L:
-            p = p + levels[-2]
-        levels.append(p)
-        below = p if network.form.residual and number == L else activation(p)
-    m, a = levels[-1].unflatten(-1, (-1, 2)).unbind(-1)
-    return m, log_scale(a, network.form.scale)
-
-
-def log_scale(a: Tensor, scale: scales.Scale) -> Tensor:
-    """log s(a), by the formulas of `fastflow.scales`."""
-    c0, c1 = scale.constants
-    if isinstance(scale, scales.SoftClip):
-        return a / (1 + (a / c0).abs())
-    if isinstance(scale, scales.Softplus):
-        return torch.log(softplus(a + c0) + c1)
-    if isinstance(scale, scales.Sigmoid):
-        return torch.log(torch.sigmoid(a + c0) + c1)
-    assert isinstance(scale, scales.Clamp)
-    return a + (a.clamp(c0, c1) - a).detach()
-
-
-def eager(network: Network, t: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The parallel direction: y (B, D) and ladj (B,)."""
-    m, l = outputs(network, t, t["x"])  # noqa: E741
-    return t["x"] * l.exp() + m, l.sum(-1)
-
-
-def dense(network: Network, t: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The same without masks: what any dense network of these widths costs."""
-    m, l = outputs(network, t, t["x"], dense=True)  # noqa: E741
-    return t["x"] * l.exp() + m, l.sum(-1)
-
-
-def eager_inverse(network: Network, t: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The inverse as libraries compute it: D passes, each gets one more feature right."""
-    x = torch.zeros_like(t["x"])
-    for _ in range(x.shape[-1]):
-        m, l = outputs(network, t, x)  # noqa: E741
-        x = (t["x"] - m) * (-l).exp()
-    return x, -l.sum(-1)
-
-
-def jacobi_inverse(network: Network, t: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The same iteration, ended as soon as nothing changes any more."""
-    x = torch.zeros_like(t["x"])
-    for _ in range(x.shape[-1]):
-        m, l = outputs(network, t, x)  # noqa: E741
-        before, x = x, (t["x"] - m) * (-l).exp()
-        if torch.equal(before, x):
-            break
-    return x, -l.sum(-1)
-
-
-def of_function(network: Network, function: Callable[..., tuple[Tensor, Tensor]]) -> Chain:
-    """A contender that is a function of the network and its tensors."""
-    leaves = [tensor.detach().clone().requires_grad_() for tensor in network.tensors.values()]
-
-    def run() -> tuple[Tensor, Tensor]:
-        return function(network, dict(zip(network.tensors, leaves)))
-
-    return Chain(run, leaves, names=network.gradients)
-
-
-def compiled(network: Network) -> Chain:
-    """`eager` under torch.compile, for these shapes; it compiles while it is being checked."""
-    torch.compiler.reset()
-    return of_function(network, torch.compile(eager, fullgraph=True, dynamic=False))
-
-
-def dense_chain(network: Network) -> Chain:
-    """`dense` on weights that were masked beforehand; the masks return for its gradients."""
-    seen = {f"W{number}": mask for number, mask in enumerate(network.masks, 1)}
-    tensors = {name: t * seen[name] if name in seen else t for name, t in network.tensors.items()}
-
-    def collect(grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        each = zip(network.tensors, grads, strict=True)
-        return tuple(grad * seen[name] if name in seen else grad for name, grad in each)
-
-    return replace(of_function(replace(network, tensors=tensors), dense), collect=collect)
-
-
-def inverse_and_gradients(
-    network: Network, cotangents: tuple[Tensor, Tensor] | None = None
-) -> dict[str, Tensor]:
-    """What the inverse must return, without D passes: fixed points both ways.
-
-    With x = f^-1(y) and gx the cotangent of x, dy solves J' dy = gx, where J = df/dx = diag(s) + N.
-    N is strictly triangular, so dy <- (gx - N' dy) / s no longer changes after D rounds at most.
-
-    Arguments:
-        network: at y.
-        cotangents: of x and of the inverse's ladj; None for the outputs alone.
-    """
-    with torch.no_grad():
-        x, ladj = jacobi_inverse(network, network.tensors)
-    found = {"x": x, "ladj": ladj}
-    if cotangents is None:
-        return found
-    leaves = {name: t.detach().requires_grad_() for name, t in network.at(x).tensors.items()}
-    start, (dx, dladj) = leaves["x"], cotangents
-    m, l = outputs(network, leaves, start)  # noqa: E741
-    y, ladj, s = x * l.exp() + m, l.sum(-1), l.detach().exp()  # x is constant: dy/dx is N
-    (through,) = torch.autograd.grad(ladj, start, -dladj, retain_graph=True)
-    gx = dx + through
-    dy = gx / s
-    for _ in range(x.shape[-1]):
-        (product,) = torch.autograd.grad(y, start, dy, retain_graph=True)
-        before, dy = dy, (gx - product) / s
-        if torch.equal(before, dy):
-            break
-    others = [leaf for name, leaf in leaves.items() if name != "x"]
-    rest = torch.autograd.grad((y, ladj), others, (-dy, -dladj))
-    return found | dict(zip(network.gradients, (dy, *rest)))
 
 
 # Peers
