@@ -107,6 +107,14 @@ def host_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return cuda_on_host.compile_kernels(tmp_path_factory.mktemp("cuda_on_host"))
 
 
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """Makes float64 the type of new tensors."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)

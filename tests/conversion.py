@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fastflow
+from fastflow.convert import Unsupported
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5}
 """Of the largest entry of what is compared, or of 1: both sides round, in different orders."""
@@ -74,6 +75,16 @@ def check_same(
             continue
         error = (found - want).abs().max() / want.abs().max().clamp(min=1)
         assert error <= TOLERANCES[want.dtype], f"{name} is off by {error:.1e}"
+
+
+def check_left_alone(layer: nn.Module, reason: str) -> None:
+    """A layer is not converted, the report says why, and `strict` raises."""
+    model, kind = nn.ModuleList([layer]), type(layer)
+    (row,) = fastflow.convert(model).skipped
+    assert row.path == "0" and row.layer == kind.__name__ and reason in row.reason
+    assert type(model[0]) is kind
+    with pytest.raises(Unsupported, match="cannot convert 0"):
+        fastflow.convert(model, strict=True)
 
 
 def results(call: Call, model: nn.Module, inputs: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from fastflow.vae import (
 from fastflow.vae.objectives import ElboTerms
 
 SHAPE = (2, 3)
+pytestmark = pytest.mark.usefixtures("float64")
 STANDARD_ERRORS = 5  # the seeds are fixed, so a mean this far off is a mistake
 
 CONFIGS = {
@@ -36,14 +37,6 @@ CONFIGS = {
     "maf": Config(posterior="maf", hidden=12, steps=2, width=8, context=4),
     "normal pixels": Config(posterior="planar", hidden=12, likelihood="gaussian", variance=0.3),
 }
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(20)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def small_model(name):

@@ -24,6 +24,7 @@ from fastflow.vae import (
 )
 
 FEATURES, BATCH, STEPS = 7, 2, 3
+pytestmark = pytest.mark.usefixtures("float64")
 SETTINGS = {
     "gaussian": {},
     "planar": {"steps": STEPS},
@@ -34,14 +35,6 @@ SETTINGS = {
     "maf": {"steps": 2, "width": 8, "context": 4},
     "pcp": {"width": 8, "context": 4},
 }
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(20)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def make_posterior(kind):

@@ -29,23 +29,6 @@ def complain(message: str, code: int) -> int:
     return code
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Makes the parser of all commands; the one that was chosen is `command`."""
-    parser = _Parser(
-        prog=PROGRAM,
-        description="Variational autoencoders with Gaussian and flow posteriors.",
-        allow_abbrev=False,
-    )
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
-    for add in (_add_train, _add_compare, _add_evaluate, _add_sample, _add_plot, _add_true):
-        command = add(commands)
-        command.add_argument(
-            "--device", choices=("cpu", "cuda", "auto"), default="auto", help="default: auto"
-        )
-        add_count(command, "--threads", "of the CPU")
-    return parser
-
-
 class _Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are one line."""
 
@@ -53,13 +36,7 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(complain(f"error: {message} (see {self.prog} --help)", 2))
 
 
-def _add_train(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    train = _command(
-        commands,
-        "train",
-        "train a model into a run folder",
-        "Trains a model and writes checkpoints, metrics and pictures into a folder.",
-    )
+def _add_train(train: argparse.ArgumentParser) -> None:
     add_folder(train, "--out", "run folder, runs/POSTERIOR-DATA if not given")
     train.add_argument(
         "--resume",
@@ -68,17 +45,9 @@ def _add_train(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )
     add_data_root(train)
     add_settings(train, SETTINGS)
-    return train
 
 
-def _add_compare(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    compare = _command(
-        commands,
-        "compare",
-        "train several posteriors and table them",
-        "Trains every posterior with every seed, each into a run folder of its own, and writes a "
-        "table and pictures that compare them. A setting goes to the posteriors that it concerns.",
-    )
+def _add_compare(compare: argparse.ArgumentParser) -> None:
     add_folder(
         compare, "--out", "folder of the runs, and of what compares them", Path("runs", "compare")
     )
@@ -95,32 +64,18 @@ def _add_compare(commands: argparse._SubParsersAction) -> argparse.ArgumentParse
     add_count(compare, "--jobs", "runs at a time, each a process", 1)
     add_data_root(compare)
     add_settings(compare, [name for name in SETTINGS if name not in ("posterior", "seed")])
-    return compare
 
 
-def _add_evaluate(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    evaluate = _command(
-        commands,
-        "evaluate",
-        "-ELBO and -log p(x) of a trained model",
-        "Estimates -ELBO and -log p(x) of test images, with standard errors, and prints JSON.",
-    )
+def _add_evaluate(evaluate: argparse.ArgumentParser) -> None:
     add_checkpoint(evaluate)
     add_settings(evaluate, ["data"], "the checkpoint's")
     add_data_root(evaluate)
     add_count(evaluate, "--samples", "draws per image (default: the checkpoint's)")
     add_settings(evaluate, ["seed"], "the checkpoint's")
     add_file(evaluate, "--out", ".json", "writes FILE.json, too")
-    return evaluate
 
 
-def _add_sample(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    sample = _command(
-        commands,
-        "sample",
-        "draw images from a trained model",
-        "Draws a grid of expected images of a trained model, and says where it is.",
-    )
+def _add_sample(sample: argparse.ArgumentParser) -> None:
     add_checkpoint(sample)
     add_file(sample, "--out", ".png", "the picture, FILE.png", required=True)
     add_count(sample, "--grid", "images per side", 8)
@@ -130,32 +85,17 @@ def _add_sample(commands: argparse._SubParsersAction) -> argparse.ArgumentParser
     sample.add_argument(
         "--manifold", action="store_true", help="a regular grid over a 2-D latent space"
     )
-    return sample
 
 
-def _add_plot(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    plot = _command(
-        commands,
-        "plot",
-        "draw the pictures of runs again",
-        "Draws the pictures of run folders again, and with --out those that compare the runs.",
-    )
+def _add_plot(plot: argparse.ArgumentParser) -> None:
     plot.add_argument(
         "--runs", type=Path, nargs="+", required=True, metavar="DIR", help="run folders"
     )
     add_folder(plot, "--out", "learning curves of all runs on one axis, and more")
     add_data_root(plot)
-    return plot
 
 
-def _add_true(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    true = _command(
-        commands,
-        "true-posterior",
-        "contours of posteriors beside the true one",
-        "Fits posteriors to a few images under one fixed decoder of 2 latents, and writes contours "
-        "of all beside the true posterior, which quadrature gives, and their KL from it.",
-    )
+def _add_true(true: argparse.ArgumentParser) -> None:
     true.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the files")
     true.add_argument(
         "--decoder",
@@ -169,10 +109,57 @@ def _add_true(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     add_count(true, "--iterations", "of every fit", 2000)
     add_data_root(true)
     add_settings(true, ["data", *FEW_SETTINGS, *FLOW_SETTINGS])
-    return true
 
 
-def _command(
-    commands: argparse._SubParsersAction, name: str, text: str, description: str
-) -> argparse.ArgumentParser:
-    return commands.add_parser(name, help=text, description=description, allow_abbrev=False)
+COMMANDS = {  # what --help says in short and at length, and what adds their arguments
+    "train": (
+        "train a model into a run folder",
+        "Trains a model and writes checkpoints, metrics and pictures into a folder.",
+        _add_train,
+    ),
+    "compare": (
+        "train several posteriors and table them",
+        "Trains every posterior with every seed, each into a run folder of its own, and writes a "
+        "table and pictures that compare them. A setting goes to the posteriors that it concerns.",
+        _add_compare,
+    ),
+    "evaluate": (
+        "-ELBO and -log p(x) of a trained model",
+        "Estimates -ELBO and -log p(x) of test images, with standard errors, and prints JSON.",
+        _add_evaluate,
+    ),
+    "sample": (
+        "draw images from a trained model",
+        "Draws a grid of expected images of a trained model, and says where it is.",
+        _add_sample,
+    ),
+    "plot": (
+        "draw the pictures of runs again",
+        "Draws the pictures of run folders again, and with --out those that compare the runs.",
+        _add_plot,
+    ),
+    "true-posterior": (
+        "contours of posteriors beside the true one",
+        "Fits posteriors to a few images under one fixed decoder of 2 latents, and writes contours "
+        "of all beside the true posterior, which quadrature gives, and their KL from it.",
+        _add_true,
+    ),
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Makes the parser of all commands; the one that was chosen is `command`."""
+    parser = _Parser(
+        prog=PROGRAM,
+        description="Variational autoencoders with Gaussian and flow posteriors.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    for name, (text, description, add_arguments) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=description, allow_abbrev=False)
+        add_arguments(command)
+        command.add_argument(
+            "--device", choices=("cpu", "cuda", "auto"), default="auto", help="default: auto"
+        )
+        add_count(command, "--threads", "of the CPU")
+    return parser
