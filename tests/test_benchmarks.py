@@ -1,11 +1,13 @@
 """The benchmarks' own laws: a wrong answer is never timed, time is measured fairly."""
 
+import functools
 import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -20,7 +22,8 @@ import gate  # noqa: E402
 import measure  # noqa: E402
 import peers  # noqa: E402
 from bench_planar_flow import SHORT, SMOKE, Case, exact_results  # noqa: E402
-from comparison import Group, Settings, compare, results  # noqa: E402
+from comparison import Comparison, Group, Settings, compare, results  # noqa: E402
+from suite import Outcomes  # noqa: E402
 
 CPU = torch.device("cpu")
 NAMES = ("z_K", "ladj")
@@ -147,6 +150,24 @@ class TestMeasure:
             advance()
             seen.append(clock.now() - start)
         assert seen == durations
+
+
+class TestOutcomes:
+    def test_a_comparison_is_made_once_and_none_is_begun_too_late(self):
+        benchmark = mock.MagicMock(enabled=False)
+        run = mock.Mock(return_value=Comparison(absent={"pyro": "it is not here"}))
+        outcomes = Outcomes(Settings(CPU, "smoke"))
+        show = functools.partial(outcomes.show, benchmark, run, "op", "case")
+        show("forward", "eager")
+        show("forward", "compile")
+        assert run.call_args_list == [mock.call("case", "forward", outcomes.settings, False)]
+        with pytest.raises(pytest.skip.Exception, match="it is not here"):
+            show("forward", "pyro")
+        outcomes.settings = Settings(CPU, "smoke", deadline=time.monotonic() - 1)
+        show("forward", "eager")
+        with pytest.raises(pytest.skip.Exception, match="the time set by --bench-seconds"):
+            show("inverse", "eager")
+        assert run.call_count == 1
 
 
 class TestPeers:
