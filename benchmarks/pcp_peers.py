@@ -36,7 +36,7 @@ class Problem(NamedTuple):
 
 
 def potential(x: Tensor, *tensors: Tensor) -> Tensor:
-    """P (..) of x (.., D) and a network of two layers, as `fastflow.reference.pcp` lays it out."""
+    """P (..) of x (.., D) and a network of two layers, as `fastflow.reference.pcp_potential` lays it out."""
     u_1, u_2, weight, t_1, t_2, slope, shift, curvature, gate, b_1, b_2 = tensors
     w = nnf.softplus((b_1 * x) @ u_1.mT + t_1)
     w = nnf.softplus((gate * w) @ weight.mT + (b_2 * x) @ u_2.mT + t_2)

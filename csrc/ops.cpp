@@ -46,4 +46,20 @@ STABLE_TORCH_LIBRARY(fastflow, m) {
       "Tensor[] weights, Tensor stairs, int activation, bool residual, int scale, float c0, "
       "float c1, int terms_grad, int biases_given, bool y_grad, bool param_grads) "
       "-> (Tensor dy, Tensor[] dterms, Tensor[] dweights, Tensor[] dbiases)");
+
+  // net as `Network.tensors` of fastflow/reference/pcp_potential.py lays it out: matrices, and
+  // terms (n,) or (B, n), which may be columns of a larger tensor. saved is what the backward of
+  // the same backend needs, and may be empty if save is false.
+  m.def(
+      "pcp_forward(Tensor x, Tensor[] net, int layers, bool save) "
+      "-> (Tensor y, Tensor ladj, Tensor[] saved)");
+  m.def(
+      "pcp_backward(Tensor dy, Tensor dladj, Tensor x, Tensor[] saved, Tensor[] net, int layers, "
+      "bool param_grads) -> (Tensor dx, Tensor[] dnet)");
+  m.def(
+      "pcp_inverse(Tensor y, Tensor[] net, int layers, bool save) "
+      "-> (Tensor x, Tensor ladj, Tensor[] saved)");
+  m.def(
+      "pcp_inverse_backward(Tensor dx, Tensor dladj, Tensor x, Tensor[] saved, Tensor[] net, "
+      "int layers, bool param_grads) -> (Tensor dy, Tensor[] dnet)");
 }

@@ -211,6 +211,24 @@ def _autoregressive_gradients(
     return _masked_gradients(x, weights, setting[-4:])
 
 
+def _pcp_outputs(
+    point: Tensor, net: Sequence[Tensor], layers: int, save: bool
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    return torch.empty_like(point), point.new_empty(point.shape[0]), []
+
+
+def _pcp_gradients(
+    d_out: Tensor,
+    dladj: Tensor,
+    x: Tensor,
+    saved: Sequence[Tensor],
+    net: Sequence[Tensor],
+    layers: int,
+    param_grads: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    return torch.empty_like(x), [x.new_empty(one.shape if param_grads else 0) for one in net]
+
+
 FAKES: dict[str, Callable[..., tuple]] = {
     "planar_flow_forward": _planar_flow_outputs,
     "planar_flow_backward": _planar_flow_gradients,
@@ -222,6 +240,10 @@ FAKES: dict[str, Callable[..., tuple]] = {
     "autoregressive_backward": _autoregressive_gradients,
     "autoregressive_inverse": _autoregressive_outputs,
     "autoregressive_inverse_backward": _autoregressive_gradients,
+    "pcp_forward": _pcp_outputs,
+    "pcp_backward": _pcp_gradients,
+    "pcp_inverse": _pcp_outputs,
+    "pcp_inverse_backward": _pcp_gradients,
 }
 
 

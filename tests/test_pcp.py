@@ -13,8 +13,9 @@ from torch.func import jacfwd, jacrev, vmap
 
 import fastflow
 from fastflow import Chain, Flow, Inverse, PCPMap, Permutation
-from fastflow.autograd.pcp import BLOCK_ROWS
-from fastflow.reference import pcp, pcp_inverse
+from fastflow.reference.pcp import BLOCK_ROWS
+from fastflow.reference import pcp_inverse
+from fastflow.reference import pcp_potential as pcp
 from fastflow.reference.network import softplus
 
 WIDTHS = [(5,), (6, 5), (4, 5, 6)]

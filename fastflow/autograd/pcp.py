@@ -2,65 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from fastflow.reference import pcp, pcp_backward, pcp_inverse
-from fastflow.reference.pcp import Bends, Network, Slopes, Tensors
+from fastflow import backends
+from fastflow.reference import pcp_inverse, pcp_potential
+from fastflow.reference.pcp_potential import Network
 from fastflow.transforms import batched, forward_mode_active, transforms_active
 
+FORWARD = {False: "pcp_forward", True: "pcp_inverse"}
+BACKWARD = {False: "pcp_backward", True: "pcp_inverse_backward"}
 MAPS: dict[bool, Callable[..., tuple[Tensor, Tensor]]] = {
-    False: pcp.forward,
+    False: pcp_potential.forward,
     True: pcp_inverse.inverse,
 }
 
 
-BLOCK_ROWS = 256
-"""Rows that go through together where nothing is kept, so that what lies between stays cached."""
-
-
 class GradientMap(torch.autograd.Function):
-    """Either direction, for plain reverse mode; the network's tensors are laid out flat.
+    """Either direction on the backend in force; the network's tensors are laid out flat.
 
-    Saves what the Hessian was made of: O(B D H) for hidden layers of H units.
+    Saves what the backend asks for: the kernels nothing but arguments and result, the reference
+    O(B D H) for hidden layers of H units.
     """
 
     @staticmethod
     def forward(
         ctx: FunctionCtx, inverse: bool, layers: int, point: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, Tensor]:
-        net = Network.of(tensors, layers)
-        x = pcp_inverse.solve(point, net) if inverse else point
-        y, slopes = pcp.gradient(x, net)
-        matrix, bends = pcp.hessian(slopes, net)
-        ladj, factor = pcp.log_determinant(matrix)
-        ctx.inverse, ctx.layers, ctx.tensors = inverse, layers, len(tensors)
-        ctx.counts = [_counts(slopes), _counts(bends)]
-        ctx.save_for_backward(point, *tensors, x, factor, *_flat(slopes), *_flat(bends))
-        return (x, -ladj) if inverse else (y, ladj)
+        backend = backends.current()
+        image, ladj, saved = backends.call(
+            FORWARD[inverse], point, list(tensors), layers, True, name=backend
+        )
+        ctx.save_for_backward(point, *tensors, image, *saved)
+        # backward may run when another use_backend is in force, or none
+        ctx.inverse, ctx.layers, ctx.tensors, ctx.backend = inverse, layers, len(tensors), backend
+        return image, ladj
 
     @staticmethod
     def backward(ctx: FunctionCtx, d_image: Tensor, dladj: Tensor) -> tuple[Tensor | None, ...]:
-        point, *saved = ctx.saved_tensors
-        tensors, left = saved[: ctx.tensors], iter(saved[ctx.tensors :])
+        point, *kept = ctx.saved_tensors
+        tensors, (image, *saved) = kept[: ctx.tensors], kept[ctx.tensors :]
         wanted = ctx.needs_input_grad[2:]
         with torch.autocast(point.device.type, enabled=False):
-            # the backward pass by hand is written in place, which legacy vmap does not know
+            # kernels, and the backward pass by hand, written in place, are not for legacy vmap
             if torch.is_grad_enabled() or batched(d_image) or batched(dladj):
                 cotangents = (d_image, dladj)
                 grads = differentiable_vjp(point, tensors, cotangents, wanted, ctx)
                 return (None, None, *grads)
-            net, x, factor = Network.of(tensors, ctx.layers), next(left), next(left)
-            slopes, bends = (
-                Slopes(*_lists(left, ctx.counts[0])),
-                Bends(*_lists(left, ctx.counts[1])),
+            d_point, grads = backends.call(
+                BACKWARD[ctx.inverse],
+                *(d_image.contiguous(), dladj.contiguous(), image if ctx.inverse else point),
+                *(saved, tensors, ctx.layers, any(wanted[1:])),
+                name=ctx.backend,
             )
-            vjp = pcp_backward.inverse_backward if ctx.inverse else pcp_backward.backward
-            d_point, grads = vjp(d_image, dladj, x, net, factor, slopes, bends)
         grads = (grad if want else None for grad, want in zip((d_point, *grads), wanted))
         return (None, None, *grads)
 
@@ -89,38 +86,17 @@ def gradient_map(point: Tensor, net: Network, inverse: bool) -> tuple[Tensor, Te
     torch.func, torch.compile and forward-mode tangents get the reference, which PyTorch
     differentiates itself.
     """
-    tensors = net.tensors
+    tensors, layers = net.tensors, len(net.inputs)
     if transforms_active() or forward_mode_active(point, *tensors):
         return MAPS[inverse](point, net)
-    recorded = torch.is_grad_enabled() and any(one.requires_grad for one in (point, *tensors))
-    if recorded or inverse:
-        return GradientMap.apply(inverse, len(net.inputs), point, *tensors)
-    return _in_blocks(point, net)
-
-
-def _in_blocks(x: Tensor, net: Network) -> tuple[Tensor, Tensor]:
-    """`forward` of some rows after the other."""
-    found = []
-    for start in range(0, max(len(x), 1), BLOCK_ROWS):
-        rows = slice(start, start + BLOCK_ROWS)
-        found.append(pcp.forward(x[rows], net.map_rows(lambda one, rows=rows: one[rows])))
-    y, ladj = zip(*found)
-    return torch.cat(y), torch.cat(ladj)
-
-
-def _flat(state: Slopes | Bends) -> Tensors:
-    """The tensors of a state, one after the other."""
-    return [one for part in state for one in (part if isinstance(part, list) else [part])]
-
-
-def _counts(state: Slopes | Bends) -> list[int | None]:
-    """The lengths of its lists; None for what is no list."""
-    return [len(part) if isinstance(part, list) else None for part in state]
-
-
-def _lists(tensors: Iterator[Tensor], counts: list[int | None]) -> list[Any]:
-    """What `_flat` laid out, in the lists that it came from."""
-    return [
-        next(tensors) if count is None else [next(tensors) for _ in range(count)]
-        for count in counts
+    matrices = 2 * layers - 1
+    point = point.contiguous()
+    tensors = [
+        one if one.stride(-1) == 1 and position >= matrices else one.contiguous()
+        for position, one in enumerate(tensors)
+    ]
+    if torch.is_grad_enabled() and any(one.requires_grad for one in (point, *tensors)):
+        return GradientMap.apply(inverse, layers, point, *tensors)
+    return backends.call(FORWARD[inverse], point, tensors, layers, False, name=backends.current())[
+        :2
     ]

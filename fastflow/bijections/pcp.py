@@ -14,7 +14,7 @@ from fastflow.autograd.pcp import gradient_map
 from fastflow.bijections.base import Bijection, check_features, positive_int, refuse_context
 from fastflow.functional.checks import broadcast_batches, check_tensors
 from fastflow.reference.network import softplus
-from fastflow.reference.pcp import Network
+from fastflow.reference.pcp_potential import Network
 
 LEAST_CURVATURE = 1e-3
 START_SLOPE = 0.02

@@ -1,4 +1,4 @@
-"""The derivatives of `fastflow.reference.pcp.forward` by hand, in its letters.
+"""The derivatives of `fastflow.reference.pcp_potential.forward` by hand, in its letters.
 
 The cotangent of H is that of ladj times the inverse of H, symmetric as H is. Cotangents are called
 d_ and the name of what they belong to; those of a network are a `Network` too, in which a term has
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastflow.reference.pcp import (
+from fastflow.reference.pcp_potential import (
     Bends,
     Network,
     Slopes,

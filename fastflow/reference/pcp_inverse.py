@@ -1,4 +1,4 @@
-"""The inverse of the gradient map of `fastflow.reference.pcp` by damped Newton.
+"""The inverse of the gradient map of `fastflow.reference.pcp_potential` by damped Newton.
 
 x solves y = grad P(x), which is the only minimum of F(x) = P(x) - y.x: strictly convex with a
 Hessian of at least the curvature. With g the gradient of F and p = -H^-1 g the Newton step, every
@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastflow.reference.pcp import (
+from fastflow.reference.pcp_potential import (
     Network,
     Slopes,
     forward,
