@@ -23,11 +23,11 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from suite import MARKS, SETTINGS, Outcomes, parametrize
 
 import fastflow
+from fastflow import backends
 
 OP = "pcp"
 DIRECTIONS = ("forward", "forward_backward", "inverse")
-OWN = LIBRARY + "reference"  # plain PyTorch on every device
-CONTENDERS = (OWN, *HESSIANS)
+BACKENDS = {"cpu": ("cpp", "reference"), "cuda": ("reference",)}
 
 pytestmark = MARKS
 
@@ -68,8 +68,14 @@ CASES = {
 CASES["full"] = CASES["short"] + [Case(16, 16), Case(1024, 2), Case(1024, 32, 128)]
 
 
+def contenders(device: str) -> list[str]:
+    """Those of a device, whether or not they work here."""
+    return [*(LIBRARY + name for name in BACKENDS[device]), *HESSIANS]
+
+
 def run_comparison(case: Case, direction: str, settings: Settings, timed: bool) -> Comparison:
     """The contenders of one direction of one case, checked and timed."""
+    known = BACKENDS[settings.device.type]
     problem, inverse = case.problem(settings.device), direction == "inverse"
     if inverse:
         with torch.no_grad():
@@ -83,11 +89,17 @@ def run_comparison(case: Case, direction: str, settings: Settings, timed: bool) 
         )
         for one, steps in ((problem, NEWTON_STEPS), (problem.double(), NEWTON_STEPS_EXACT))
     )
-    builders = {OWN: partial(pcp_peers.fastflow_layer, problem, inverse)}
+    reasons = {LIBRARY + name: backends.status(name) for name in known}
+    builders = {
+        LIBRARY + name: partial(pcp_peers.fastflow_layer, problem, inverse, name)
+        for name in known
+        if reasons[LIBRARY + name] is None
+    }
     for name, find in HESSIANS.items():
         builders[name] = partial(pcp_peers.differentiated, problem, find, inverse, NEWTON_STEPS)
     group, layers = Group(builders, plain, exact), 2
-    return compare([group], {}, direction, names, cotangents, layers + 1, settings, timed=timed)
+    absent = {name: reason for name, reason in reasons.items() if reason is not None}
+    return compare([group], absent, direction, names, cotangents, layers + 1, settings, timed=timed)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -96,7 +108,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         (case, direction, contender)
         for case in CASES[settings.grid]
         for direction in DIRECTIONS
-        for contender in CONTENDERS
+        for contender in contenders(settings.device.type)
     ]
     parametrize(metafunc, triples)
 

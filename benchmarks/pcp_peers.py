@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -36,7 +38,7 @@ class Problem(NamedTuple):
 
 
 def potential(x: Tensor, *tensors: Tensor) -> Tensor:
-    """P (..) of x (.., D) and a network of two layers, as `fastflow.reference.pcp_potential` lays it out."""
+    """P (..) of x (.., D) and a network of two layers, laid out as `Network.tensors` is."""
     u_1, u_2, weight, t_1, t_2, slope, shift, curvature, gate, b_1, b_2 = tensors
     w = nnf.softplus((b_1 * x) @ u_1.mT + t_1)
     w = nnf.softplus((gate * w) @ weight.mT + (b_2 * x) @ u_2.mT + t_2)
@@ -76,11 +78,12 @@ def log_det(matrix: Tensor) -> Tensor:
     return 2 * torch.linalg.cholesky(matrix).diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
 
-def fastflow_layer(problem: Problem, inverse: bool) -> Chain:
-    """PCPMap itself."""
+def fastflow_layer(problem: Problem, inverse: bool, backend: str) -> Chain:
+    """PCPMap itself, on a backend."""
     layer, point, context = own(problem)
     run = layer.inverse if inverse else layer
-    return chain(lambda: run(point, context), layer, point, context)
+    made = chain(lambda: run(point, context), layer, point, context)
+    return replace(made, context=partial(fastflow.use_backend, backend))
 
 
 def differentiated(problem: Problem, find: Callable, inverse: bool, steps: int) -> Chain:

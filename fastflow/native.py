@@ -247,6 +247,9 @@ FAKES: dict[str, Callable[..., tuple]] = {
 }
 
 
+LAYERS = {"pcp": "PCPMap", "pcp_inverse": "PCPMap.inverse"}  # of ops that are no functions
+
+
 def _refuse_derivatives(
     op: str, keyset: torch._C.DispatchKeySet, *args: Tensor | list[Tensor] | float
 ) -> tuple:
@@ -262,7 +265,8 @@ def _refuse_derivatives(
         function = op.removesuffix("_forward").removesuffix("_backward")
         raise RuntimeError(
             f"torch.ops.fastflow.{op} has no derivative of its own: call "
-            f"fastflow.functional.{function} instead, or detach the arguments"
+            f"fastflow.{LAYERS.get(function, f'functional.{function}')} instead, or detach the "
+            "arguments"
         )
     with torch._C._AutoDispatchBelowAutograd():
         return overload(op).redispatch(keyset & torch._C._after_autograd_keyset, *args)

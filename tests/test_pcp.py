@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,16 +13,24 @@ from torch import Tensor
 from torch.func import jacfwd, jacrev, vmap
 
 import fastflow
-from fastflow import Chain, Flow, Inverse, PCPMap, Permutation
-from fastflow.reference.pcp import BLOCK_ROWS
+from fastflow import Chain, Flow, Inverse, PCPMap, Permutation, backends
 from fastflow.reference import pcp_inverse
 from fastflow.reference import pcp_potential as pcp
 from fastflow.reference.network import softplus
+from fastflow.reference.pcp import BLOCK_ROWS
 
 WIDTHS = [(5,), (6, 5), (4, 5, 6)]
 F64 = torch.float64
 by_widths = pytest.mark.parametrize("widths", WIDTHS, ids=str)
+both = pytest.mark.usefixtures("backend")
 by_context = pytest.mark.parametrize("C", [0, 2], ids=["plain", "context"])
+
+
+@pytest.fixture(params=backends.available("cpu", "pcp_forward"))
+def backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Runs the test once for every backend that has the op, with that backend in force."""
+    with fastflow.use_backend(request.param):
+        yield
 
 
 def layer(D: int, C: int, widths: tuple[int, ...], scale: float = 1.0, dtype=F64) -> PCPMap:
@@ -51,12 +60,14 @@ def test_blocks_of_rows_are_put_together(C: int) -> None:
     """Without gradients the rows go through in blocks, with gradients all together."""
     made = layer(3, C, (6, 5))
     x, context = given(3, C, 2 * BLOCK_ROWS + 3)
-    whole = made(x, context)
-    with torch.no_grad():
-        blocks = made(x, context)
+    with fastflow.use_backend("reference"):
+        whole = made(x, context)
+        with torch.no_grad():
+            blocks = made(x, context)
     torch.testing.assert_close(blocks, whole, rtol=1e-12, atol=1e-12)
 
 
+@both
 @by_context
 @by_widths
 def test_closed_forms_are_those_of_autograd(widths: tuple[int, ...], C: int) -> None:
@@ -116,6 +127,7 @@ def test_softplus_has_its_slope_where_it_bends() -> None:
     assert slope == 0.5 and bend == 0.25
 
 
+@both
 @by_context
 @by_widths
 def test_gradcheck(widths: tuple[int, ...], C: int) -> None:
@@ -129,6 +141,7 @@ def test_gradcheck(widths: tuple[int, ...], C: int) -> None:
         assert torch.autograd.gradgradcheck(call, every, fast_mode=True)
 
 
+@both
 @pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
 def test_the_backward_pass_by_hand_is_that_of_autograd(inverse: bool) -> None:
     """Every gradient, with shared and per-row terms, against the reference that PyTorch does."""
@@ -158,6 +171,7 @@ def rounding_of_gradient(x: Tensor, y: Tensor, net: pcp.Network) -> Tensor:
 
 
 # the Hessian of weights ten times as large is not positive definite to the precision of float32
+@both
 @pytest.mark.parametrize(
     ("scale", "dtype"),
     [(1.0, torch.float32), (3.0, torch.float32), (1.0, F64), (3.0, F64), (10.0, F64)],
@@ -196,6 +210,7 @@ def test_every_newton_step_lowers_the_objective() -> None:
     torch.testing.assert_close(made(x, context)[0], y, rtol=1e-9, atol=1e-9)
 
 
+@both
 @by_context
 def test_float32(C: int) -> None:
     """At most twice the error of the potential differentiated by PyTorch, in float32 too."""
@@ -213,6 +228,7 @@ def test_float32(C: int) -> None:
     assert ladj.dtype == torch.float32
 
 
+@both
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     made = layer(3, 2, (6, 5), dtype=dtype)
@@ -225,6 +241,7 @@ def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
         assert torch.equal(image, want.to(dtype)) and torch.equal(ladj, exact)
 
 
+@both
 def test_autocast_changes_nothing() -> None:
     made = layer(3, 2, (6, 5), dtype=torch.float32)
     x, context = given(3, 2, 20, dtype=torch.float32)
@@ -287,6 +304,7 @@ def test_batches_broadcast(batch: tuple, of_context: tuple, device: str) -> None
     torch.testing.assert_close((back, other), (x.expand(*shape, 1), -ladj), rtol=1e-9, atol=1e-9)
 
 
+@both
 def test_a_bad_row_stays_alone() -> None:
     made = layer(3, 2, (6, 5))
     x, context = given(3, 2, 6)
@@ -327,6 +345,7 @@ def test_trains_to_a_curved_density() -> None:
     assert loss < -normal.log_prob(data).mean() - 0.3
 
 
+@both
 def test_takes_part_in_chains_and_flows() -> None:
     made = layer(3, 2, (6, 5))
     chain = Chain(made, Permutation([2, 0, 1]), Inverse(layer(3, 2, (4,))))

@@ -34,9 +34,7 @@ def pcp_forward(
     found = []
     for start in range(0, max(len(x), 1), BLOCK_ROWS):
         rows = slice(start, start + BLOCK_ROWS)
-        found.append(
-            potential.forward(x[rows], network.map_rows(lambda one, rows=rows: one[rows]))
-        )
+        found.append(potential.forward(x[rows], network.map_rows(lambda one, rows=rows: one[rows])))
     y, ladj = zip(*found)
     return torch.cat(y), torch.cat(ladj), []
 
