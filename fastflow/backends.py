@@ -47,6 +47,7 @@ _registry: dict[str, Backend] = {}
 _order: dict[str, list[str]] = {"cpu": [], "cuda": []}
 _chosen: str | None = None  # a plain global, which torch.compile guards on
 _selected: dict[tuple[str, str, str | None], Callable] = {}
+_known: dict[tuple[str, str], bool] = {}
 _warned: set[tuple[str, str]] = set()
 
 
@@ -62,6 +63,7 @@ def register(backend: Backend, automatic: tuple[str, ...] | None = None) -> None
     for device in backend.devices or () if automatic is None else automatic:
         _order.setdefault(device, []).append(backend.name)
     _selected.clear()
+    _known.clear()
 
 
 def names() -> list[str]:
@@ -135,6 +137,19 @@ def _choose(name: str) -> Iterator[None]:
 def current() -> str | None:
     """The name given to the innermost `use_backend`, or None."""
     return _chosen
+
+
+def current_or_reference(op: str) -> str | None:
+    """`current`, but the reference in place of a backend that does not have an op.
+
+    For layers that other backends compute in plain PyTorch.
+    """
+    if _chosen is None:
+        return None
+    key = (_chosen, op)
+    if key not in _known:
+        _known[key] = _registry[_chosen].locate(op) is not None
+    return _chosen if _known[key] else "reference"
 
 
 def call(op: str, *args: object, name: str | None) -> tuple[Tensor, ...]:

@@ -32,7 +32,7 @@ class GradientMap(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx, inverse: bool, layers: int, point: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, Tensor]:
-        backend = backends.current()
+        backend = backends.current_or_reference(FORWARD[inverse])
         image, ladj, saved = backends.call(
             FORWARD[inverse], point, list(tensors), layers, True, name=backend
         )
@@ -97,6 +97,5 @@ def gradient_map(point: Tensor, net: Network, inverse: bool) -> tuple[Tensor, Te
     ]
     if torch.is_grad_enabled() and any(one.requires_grad for one in (point, *tensors)):
         return GradientMap.apply(inverse, layers, point, *tensors)
-    return backends.call(FORWARD[inverse], point, tensors, layers, False, name=backends.current())[
-        :2
-    ]
+    backend = backends.current_or_reference(FORWARD[inverse])
+    return backends.call(FORWARD[inverse], point, tensors, layers, False, name=backend)[:2]

@@ -63,6 +63,9 @@ class PCPMap(Bijection):
         ladj is NaN in a row whose Hessian is not positive definite to the precision of its type:
         in float32 from condition numbers of about 1e7 on.
 
+        There are kernels for CPUs, the backend "cpp"; all other backends compute it as "reference"
+        does.
+
     Source:
         Wang, Baptista, Marzouk, Ruthotto and Verma, Efficient Neural Network Approaches for
         Conditional Optimal Transport with Applications in Bayesian Inference, 2023, arXiv
