@@ -33,7 +33,7 @@ class Newton {
     auto live = first_lanes<T>(int(tile_.rows));
     for (int64_t d = 0; d < D_; ++d) live = live & (abs(g_[d]) <= Limits<T>::max);
     std::fill_n(x, D_, select(live, V(T(0)), V(T(__builtin_nan("")))));
-    for (int i = 0; i < kMostSteps && any(live); ++i) live = live & !newton_step(live);
+    for (int i = 0; i < kMostSteps && any(live); ++i) live = live & (!newton_step(live));
     evaluate(x);
     tile_.hessian();
     tile_.store_rows(x, args_.out, D_);
@@ -65,17 +65,18 @@ class Newton {
       const auto coarse = t * energy <= error;
       const auto lower = value_t <= value - T(0.2) * t * energy;
       const auto nearer = energy_t <= (1 - t / 2) * (1 - t / 2) * energy;
-      const auto taken = searching & ((coarse & nearer) | (!coarse & lower));
+      const auto taken = searching & ((coarse & nearer) | ((!coarse) & lower));
       length = select(taken, V(t), length);
       left = select(taken, energy_t, left);
-      searching = searching & !taken & (shortest <= t / 2);
+      searching = searching & (!taken) & (shortest <= t / 2);
     }
+    const auto stays = length <= T(0);
     V negligible(T(0));
     for (int64_t d = 0; d < D_; ++d) {
-      x[d] = select(live, x[d] - length * step_[d], x[d]);
+      x[d] = select(stays, x[d], x[d] - length * step_[d]);
       negligible += diagonal_[d] * (eps * x[d]) * (eps * x[d]);
     }
-    return (length <= T(0)) | (left <= negligible);
+    return stays | (left <= negligible);
   }
 
   // F at a point, and its gradient g.
