@@ -21,6 +21,7 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_registry", dict(backends._registry))
     monkeypatch.setattr(backends, "_order", {k: list(v) for k, v in backends._order.items()})
     monkeypatch.setattr(backends, "_selected", {})
+    monkeypatch.setattr(backends, "_known", {})
     monkeypatch.setattr(backends, "_warned", set())
 
 
@@ -141,6 +142,23 @@ def test_backward_of_an_automatic_forward_is_automatic_too() -> None:
     with fastflow.use_backend("other"):
         (y.sum() + ladj.sum()).backward()
     assert calls == ["first planar_flow_forward", "first planar_flow_backward"]
+
+
+@pytest.mark.usefixtures("registry")
+def test_pcp_takes_the_chosen_backend_and_the_reference_where_it_has_no_kernel() -> None:
+    calls: list[str] = []
+    backends.register(spied(calls, "spy"), automatic=())
+    backends.register(Backend("partial", ("cpu",), lambda: None, lambda op: None), automatic=())
+    layer, x = fastflow.PCPMap(2, 0, (3,)), torch.randn(4, 2, requires_grad=True)
+    results = []
+    for name in ("reference", "partial", "spy"):
+        with fastflow.use_backend(name):
+            y, ladj = layer(x)
+            back, _ = layer.inverse(y.detach())
+        results.append([y, ladj, back, *torch.autograd.grad(y.sum() + ladj.sum(), x)])
+    assert calls == ["spy pcp_forward", "spy pcp_inverse", "spy pcp_backward"]
+    for other in results[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(results[0], other))
 
 
 @pytest.mark.usefixtures("registry")
