@@ -13,6 +13,7 @@
 # FASTFLOW_LIMIT   seconds for everything (default 570)
 # FASTFLOW_BENCH   grid: smoke, short, full (default: short on a GPU, smoke without)
 # FASTFLOW_PHASES  which of "build tests bench" to run (default: all)
+# FASTFLOW_OPS     which benchmarks, in this order (default: all)
 
 set -u
 
@@ -25,6 +26,7 @@ cd "$(dirname "$0")/.." || exit 2
 
 limit=${FASTFLOW_LIMIT:-570}
 wanted=${FASTFLOW_PHASES:-build tests bench}
+read -ra ops <<<"${FASTFLOW_OPS:-planar_flow autoregressive vae convert pcp}"
 report_seconds=30
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 MPLBACKEND=Agg
 # pytest without the working directory on the path: what is tested is what was installed
@@ -109,9 +111,9 @@ fi
 
 if wants bench; then
   numbers=()
-  for op in planar_flow autoregressive; do # in two halves, so that neither uses up the other's time
-    seconds=$(left "$report_seconds")
-    [ "$op" = autoregressive ] || seconds=$((seconds / 2))
+  for i in "${!ops[@]}"; do # in equal shares of what is left, so that none uses up another's time
+    op=${ops[i]}
+    seconds=$(($(left "$report_seconds") / (${#ops[@]} - i)))
     phase "bench $op" "$seconds" bench.log \
       "${pytest[@]}" "benchmarks/bench_$op.py" --benchmark-only -ra -p no:cacheprovider \
       --bench-device "$device" --bench-seconds $((seconds * 3 / 4)) \
