@@ -25,18 +25,16 @@ import fastflow
 def fastflow_layer(network: Network, backend: str, inverse: bool) -> Chain:
     """`fastflow.MaskedAffineAutoregressive` on one backend."""
     t = network.tensors
+    if network.form.active_context and "V" in t:  # which only a layer converted from nflows has
+        chain = nflows(network, inverse, convert=True)
+        return replace(chain, context=lambda: fastflow.use_backend(backend))
     own = network.form.residual  # its first layer is not among the layer's hidden_features
     widths = [t[f"W{number}"].shape[0] for number in range(1 + own, network.hidden + 1)]
     context = t["V"].shape[1] if "V" in t else 0
     layer = layer_of(t["x"].shape[1], widths, context, network.activation, network.form).to(t["x"])
     holders = list(layer.network.layers)
-    own_context = layer.network.context_layer
-    if network.form.active_context and context:  # what a layer converted from nflows looks like
-        own_context = nn.Linear(context, widths[0]).to(t["x"])
-        activation = ACTIVATIONS[network.activation][1]()
-        layer.network.context_layer = nn.Sequential(own_context, activation)
     direction = layer.inverse if inverse else layer.forward
-    chain = _of_module(network, Layout(), holders, own_context, direction)
+    chain = _of_module(network, Layout(), holders, layer.network.context_layer, direction)
     return replace(chain, context=lambda: fastflow.use_backend(backend))
 
 
@@ -90,11 +88,14 @@ def zuko(network: Network, inverse: bool) -> Chain:
     return _of_module(network, Layout(), holders, None, run)
 
 
-def nflows(network: Network, inverse: bool) -> Chain:
-    """nflows' MaskedAffineAutoregressiveTransform without residual blocks, as sbi sets it up."""
+def nflows(network: Network, inverse: bool, convert: bool = False) -> Chain:
+    """nflows' MaskedAffineAutoregressiveTransform without residual blocks, as sbi sets it up.
+
+    With `convert` it is fastflow's.
+    """
     from nflows.transforms import MaskedAffineAutoregressiveTransform
 
-    return _nflows_like(MaskedAffineAutoregressiveTransform, network, inverse)
+    return _nflows_like(MaskedAffineAutoregressiveTransform, network, inverse, convert)
 
 
 def normflows(network: Network, inverse: bool) -> Chain:
@@ -104,7 +105,9 @@ def normflows(network: Network, inverse: bool) -> Chain:
     return _nflows_like(MaskedAffineAutoregressive, network, inverse)
 
 
-def _nflows_like(layer: Callable[..., nn.Module], network: Network, inverse: bool) -> Chain:
+def _nflows_like(
+    layer: Callable[..., nn.Module], network: Network, inverse: bool, convert: bool = False
+) -> Chain:
     """a before m; a layer of its own for the context."""
     features, widths, context = _sizes(network)
     blocks = len(widths) - 1
@@ -120,6 +123,8 @@ def _nflows_like(layer: Callable[..., nn.Module], network: Network, inverse: boo
         holders += block.linear_layers if network.form.residual else [block.linear]
     holders.append(net.final_layer)
     own = net.context_layer if context else None
+    if convert:
+        fastflow.convert(module, strict=True)
     direction = module.inverse if inverse else module.forward
     return _of_module(network, Layout(swapped, swapped), holders, own, direction)
 

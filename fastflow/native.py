@@ -177,6 +177,20 @@ def _autoregressive_outputs(
     return torch.empty_like(x), x.new_empty(x.shape[0]), saved
 
 
+def _context_outputs(
+    x: Tensor,
+    context: Tensor,
+    context_weight: Tensor,
+    context_bias: Tensor | None,
+    context_activated: bool,
+    weights: Sequence[Tensor],
+    *setting: float | bool | Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    units = sum(w.shape[0] for w in weights) + context_weight.shape[0] * context_activated
+    saved = _saved(x, units) if setting[-1] else x.new_empty(0)
+    return torch.empty_like(x), x.new_empty(x.shape[0]), saved
+
+
 def _masked_gradients(
     x: Tensor, weights: Sequence[Tensor], wanted: tuple[int, int, bool, bool]
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
@@ -211,6 +225,30 @@ def _autoregressive_gradients(
     return _masked_gradients(x, weights, setting[-4:])
 
 
+def _context_gradients(
+    dy: Tensor,
+    dladj: Tensor,
+    x: Tensor,
+    context: Tensor,
+    saved: Tensor,
+    context_weight: Tensor,
+    context_bias_given: bool,
+    context_activated: bool,
+    weights: Sequence[Tensor],
+    *setting: float | Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
+    biases_given, x_grad, context_grad, param_grads = setting[-4:]
+    dx, _, dweights, dbiases = _masked_gradients(x, weights, (0, biases_given, x_grad, param_grads))
+    return (
+        dx,
+        torch.empty_like(context) if context_grad else x.new_empty(0),
+        torch.empty_like(context_weight) if param_grads else x.new_empty(0),
+        x.new_empty(context_weight.shape[0] if context_bias_given and param_grads else 0),
+        dweights,
+        dbiases,
+    )
+
+
 def _pcp_outputs(
     point: Tensor, net: Sequence[Tensor], layers: int, save: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -238,6 +276,8 @@ FAKES: dict[str, Callable[..., tuple]] = {
     "made_backward": _made_gradients,
     "autoregressive_forward": _autoregressive_outputs,
     "autoregressive_backward": _autoregressive_gradients,
+    "autoregressive_context_forward": _context_outputs,
+    "autoregressive_context_backward": _context_gradients,
     "autoregressive_inverse": _autoregressive_outputs,
     "autoregressive_inverse_backward": _autoregressive_gradients,
     "pcp_forward": _pcp_outputs,
@@ -262,7 +302,7 @@ def _refuse_derivatives(
     ]
     wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     if wanted or forward_mode_active(*tensors):
-        function = op.removesuffix("_forward").removesuffix("_backward")
+        function = op.removesuffix("_forward").removesuffix("_backward").removesuffix("_context")
         raise RuntimeError(
             f"torch.ops.fastflow.{op} has no derivative of its own: call "
             f"fastflow.{LAYERS.get(function, f'functional.{function}')} instead, or detach the "

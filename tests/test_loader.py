@@ -81,7 +81,10 @@ def masked_arguments(op: str) -> list:
     biases[1] = none
     affine = () if op.startswith("made") else (0, -6.9, 0.0)
     setting = (given.stairs, 1, False, *affine)
-    forward = [given.x.detach(), terms, weights, biases, *setting, True]
+    x = given.x.detach()
+    if "context" in op:
+        return context_arguments(op, x, weights, biases, setting)
+    forward = [x, terms, weights, biases, *setting, True]
     if not op.endswith("_backward"):
         return forward
     run = op.removesuffix("_backward") + ("" if "inverse" in op else "_forward")
@@ -100,12 +103,28 @@ def masked_arguments(op: str) -> list:
     ]
 
 
+def context_arguments(
+    op: str, x: Tensor, weights: list[Tensor], biases: list[Tensor], setting: tuple
+) -> list:
+    """Arguments of the op with a context's layer inside; its term has an activation and no bias."""
+    context, weight = torch.randn(64, 2).to(x), torch.randn(len(weights[0]), 2).to(x)
+    forward = [x, context, weight, None, True, weights, biases, *setting, True]
+    if not op.endswith("_backward"):
+        return forward
+    y, ladj, saved = torch.ops.fastflow.autoregressive_context_forward(*forward)
+    cotangents = torch.ones_like(y), torch.ones_like(ladj)
+    given = [*cotangents, x, context, saved, weight, False, True, weights, *setting]
+    return [*given, 0b101, True, True, True]
+
+
 @needs_library
 @pytest.mark.parametrize("op", MASKED_OPS)
 def test_opcheck_of_masked_ops(op: str) -> None:
     values = masked_arguments(op)
     torch.library.opcheck(getattr(native, op), values)
-    flags = (0, 0b101, False, False) if op.endswith("_backward") else (False,)
+    flags = (False,)
+    if op.endswith("_backward"):
+        flags = (0b101, False, False, False) if "context" in op else (0, 0b101, False, False)
     torch.library.opcheck(getattr(native, op), (*values[: -len(flags)], *flags))
 
 
@@ -114,7 +133,7 @@ def test_opcheck_of_masked_ops(op: str) -> None:
 def test_a_raw_masked_op_refuses_to_be_differentiated(op: str) -> None:
     """Whether the tensor stands alone or in a list."""
     values = masked_arguments(op)
-    name = op.removesuffix("_forward").removesuffix("_backward")
+    name = op.removesuffix("_forward").removesuffix("_backward").removesuffix("_context")
     for position in (0, next(i for i, value in enumerate(values) if isinstance(value, list))):
         changed = list(values)
         value = values[position]

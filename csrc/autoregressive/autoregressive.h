@@ -32,6 +32,15 @@ struct MaskedLayer {
   void* dterm;    // (B, rows)
 };
 
+// What a context c (B, C) adds to the pre-activations of the first level: V c + v, or act(V c + v).
+// `layer` has the weight V (n_1, C), the bias v and their gradients; every unit sees all columns.
+struct ContextLayer {
+  MaskedLayer layer;
+  bool activated;
+  const void* values;  // (B, C)
+  void* d_values;      // (B, C), backward only
+};
+
 // Rows of a tile on a CPU: fewer where that is what lets threads share the work; half a dozen tiles
 // do, and every tile goes through all weights. Only the batch decides, so that every op finds the
 // same layout of `saved`.
@@ -49,6 +58,7 @@ struct AutoregressiveArgs {
   int64_t features;     // D
   int64_t layer_count;  // L + 1
   const MaskedLayer* layers;
+  const ContextLayer* context;  // null: none. Parallel direction on CPUs only
   Activation activation;
   bool residual;
   bool affine;  // false: made, which has no scale map, ladj or inverse
@@ -74,6 +84,8 @@ struct AutoregressiveArgs {
   int64_t processors;    // multiprocessors of the GPU
 
   int64_t outputs() const { return layers[layer_count - 1].rows; }
+  // Units between context and first level that have pre-activations of their own.
+  int64_t context_units() const { return context && context->activated ? layers[0].rows : 0; }
 };
 
 // B, D, n_l >= 1; the stairs as the struct says.

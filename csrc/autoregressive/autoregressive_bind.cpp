@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <numeric>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -87,6 +89,7 @@ class Stairs {
 struct Call {
   AutoregressiveArgs args{};
   std::vector<MaskedLayer> layers;
+  ContextLayer context{};
 
   Call(const Tensor& x, const Tensors& weights, const Tensor& stairs, int64_t activation,
        bool residual) {
@@ -177,6 +180,29 @@ struct Call {
       }
     }
   }
+#ifndef FASTFLOW_CUDA
+  void set_context(const Tensor& x, const Tensor& values, const Tensor& weight, bool activated) {
+    check(values.dim() == 2 && values.size(1) >= 1, "the context must have shape (B, C), C >= 1");
+    MaskedLayer& layer = context.layer;
+    layer.rows = layers[0].rows;
+    layer.columns = values.size(1);
+    check_like(values, "the context", x, {args.batch, layer.columns});
+    check_like(weight, "the context's weight", x, {layer.rows, layer.columns});
+    all_.assign(size_t(layer.rows), int32_t(layer.columns));
+    natural_.resize(size_t(layer.columns));
+    std::iota(natural_.begin(), natural_.end(), 0);
+    layer.order = layers[0].order;
+    layer.prefix = all_.data();
+    layer.column_order = natural_.data();
+    layer.weight = weight.data_ptr();
+    context.activated = activated;
+    context.values = values.data_ptr();
+    args.context = &context;
+  }
+#endif
+
+ private:
+  std::vector<int32_t> all_, natural_;  // the context's staircase
 };
 
 #ifdef FASTFLOW_CUDA
@@ -211,7 +237,7 @@ void launch(MaskedPass pass, const AutoregressiveArgs& args, const Tensor&) {
 // the batch would be another graph for each branch. The layout of CUDA fits too. What lies behind
 // the tiles of the batch is never written nor read.
 int64_t saved_size(const AutoregressiveArgs& args) {
-  int64_t units = args.affine ? args.outputs() : 0;
+  int64_t units = args.context_units() + (args.affine ? args.outputs() : 0);
   for (int64_t l = 0; l + 1 < args.layer_count; ++l) units += args.layers[l].rows;
   return (args.batch + kMostTileRows - 1) / kMostTileRows * kMostTileRows * units;
 }
@@ -305,6 +331,47 @@ Gradients autoregressive_gradients(Tensor d_out, Tensor dladj, Tensor x, Tensor 
                       param_grads);
 }
 
+#ifndef FASTFLOW_CUDA
+std::tuple<Tensor, Tensor, Tensor> with_context(Tensor x, Tensor context, Tensor context_weight,
+                                                std::optional<Tensor> context_bias,
+                                                bool context_activated, Tensors weights,
+                                                Tensors biases, Tensor stairs, int64_t activation,
+                                                bool residual, int64_t scale, double c0, double c1,
+                                                bool save) {
+  Call call(x, weights, stairs, activation, residual);
+  call.set_scale(scale, c0, c1);
+  call.set_parameters(x, {}, biases);
+  call.set_context(x, context, context_weight, context_activated);
+  if (context_bias) {
+    check_like(*context_bias, "the context's bias", x, {call.layers[0].rows});
+    call.context.layer.bias = context_bias->data_ptr();
+  }
+  return run(call, MaskedPass::forward, x, save);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensors, Tensors> with_context_gradients(
+    Tensor dy, Tensor dladj, Tensor x, Tensor context, Tensor saved, Tensor context_weight,
+    bool context_bias_given, bool context_activated, Tensors weights, Tensor stairs,
+    int64_t activation, bool residual, int64_t scale, double c0, double c1, int64_t biases_given,
+    bool x_grad, bool context_grad, bool param_grads) {
+  Call call(x, weights, stairs, activation, residual);
+  call.set_scale(scale, c0, c1);
+  call.set_context(x, context, context_weight, context_activated);
+  MaskedLayer& layer = call.context.layer;
+  const bool bias = context_bias_given && param_grads;
+  Tensor dcontext = context_grad ? empty({call.args.batch, layer.columns}, x) : empty({0}, x);
+  Tensor dweight = param_grads ? empty({layer.rows, layer.columns}, x) : empty({0}, x);
+  Tensor dbias = empty({bias ? layer.rows : 0}, x);
+  call.context.d_values = context_grad ? dcontext.data_ptr() : nullptr;
+  layer.dweight = param_grads ? dweight.data_ptr() : nullptr;
+  layer.dbias = bias ? dbias.data_ptr() : nullptr;
+  auto [dx, dterms, dweights, dbiases] = run_backward(call, MaskedPass::backward, dy, &dladj, x,
+                                                      saved, 0, biases_given, x_grad, param_grads);
+  return {std::move(dx),    std::move(dcontext), std::move(dweight),
+          std::move(dbias), std::move(dweights), std::move(dbiases)};
+}
+#endif
+
 void register_masked(torch::stable::detail::StableLibrary& m) {
   m.impl("made_forward", TORCH_BOX(&made_forward));
   m.impl("made_backward", TORCH_BOX(&made_backward));
@@ -321,5 +388,9 @@ void register_masked(torch::stable::detail::StableLibrary& m) {
 #ifdef FASTFLOW_CUDA
 STABLE_TORCH_LIBRARY_IMPL(fastflow, CUDA, m) { fastflow::register_masked(m); }
 #else
-STABLE_TORCH_LIBRARY_IMPL(fastflow, CPU, m) { fastflow::register_masked(m); }
+STABLE_TORCH_LIBRARY_IMPL(fastflow, CPU, m) {
+  fastflow::register_masked(m);
+  m.impl("autoregressive_context_forward", TORCH_BOX(&fastflow::with_context));
+  m.impl("autoregressive_context_backward", TORCH_BOX(&fastflow::with_context_gradients));
+}
 #endif

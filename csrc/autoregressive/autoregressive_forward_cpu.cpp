@@ -37,7 +37,7 @@ void forward_layer(const SortedLayer<T>& layer, Activation activation, const T* 
               layer.position, p, R);
   const auto before = [&](int64_t j0, int64_t units) {
     prefetch(p + (j0 + units) * R, std::min<int64_t>(kUnits, layer.rows - j0 - units) * R);
-    start_units(layer.bias ? layer.bias + j0 : nullptr, layer.term != nullptr,
+    start_units(layer.bias ? layer.bias + j0 : nullptr, layer.term || layer.started,
                 layer.skip ? skipped + j0 * R : nullptr, units, R, vectors, p + j0 * R);
   };
   const auto after = [&](int64_t j0, int64_t units) {
@@ -87,6 +87,7 @@ void forward_tile(const AutoregressiveArgs& args, const Network<T>& network, con
   T* saved = static_cast<T*>(args.saved);
   S scratch(S::template bytes<T>(D * R) + 2 * S::template bytes<T>(network.widest * R) +
             (saved ? 0 : S::template bytes<T>(shape.total * R)) +
+            (network.context ? S::template bytes<T>(network.context->columns * R) : 0) +
             (args.affine ? 0 : S::template bytes<T>(N * R)));
   T* x = scratch.template take<T>(D * R);
   T* a = scratch.template take<T>(network.widest * R);
@@ -97,7 +98,13 @@ void forward_tile(const AutoregressiveArgs& args, const Network<T>& network, con
   load_tile(static_cast<const T*>(args.x) + tile * R * D, D, live, D, network.position, x, R);
   const T* in = x;
   const T *before_last = nullptr, *last = nullptr;
-  T* p = levels;
+  T* p = levels + args.context_units() * R;
+  if (const SortedLayer<T>* layer = network.context) {
+    T* context = scratch.template take<T>(layer->columns * R);
+    load_tile(static_cast<const T*>(args.context->values) + tile * R * layer->columns,
+              layer->columns, live, layer->columns, args.context->layer.column_order, context, R);
+    forward_layer<T>(*layer, args.activation, context, nullptr, shape, tile, levels, p);
+  }
   for (int64_t l = 0; l < network.layer_count; ++l) {
     const SortedLayer<T>& layer = network.layers[l];
     if (l + 1 == network.layer_count) p = outputs;

@@ -24,6 +24,7 @@ struct SortedLayer {
   const int32_t* start;     // (columns): column j is read by rows start[j] .. rows - 1
   bool identity;            // order is 0, 1, ..., rows - 1
   bool columns_in_order;    // likewise of level l
+  bool started;             // the terms are where the pre-activations go
   bool skip;                // the level before the last is added to it (residual)
   bool linear;              // no activation follows
 
@@ -39,11 +40,12 @@ struct SortedLayer {
 template <class T>
 class Network {
  public:
-  int64_t layer_count;           // L + 1
-  int64_t widest;                // max of n_0 .. n_{L+1}
-  const SortedLayer<T>* layers;  // (L + 1)
-  const int32_t* order;          // (D), of the features
-  const int32_t* position;       // (D)
+  int64_t layer_count;            // L + 1
+  int64_t widest;                 // max of n_0 .. n_{L+1}
+  const SortedLayer<T>* layers;   // (L + 1)
+  const SortedLayer<T>* context;  // null if there is none
+  const int32_t* order;           // (D), of the features
+  const int32_t* position;        // (D)
 
   // many_rows: backward, with rows enough to make up for the packing.
   explicit Network(const AutoregressiveArgs& args, bool many_rows = false)
@@ -55,36 +57,21 @@ class Network {
     bool columns_in_order = is_identity(order, args.features);
     widest = args.features;
     for (int64_t l = 0; l < layer_count; ++l) {
-      const MaskedLayer& from = args.layers[l];
       SortedLayer<T>& to = sorted[l];
-      to.rows = from.rows;
-      to.columns = from.columns;
-      to.order = from.order;
-      to.position = invert(from.order, from.rows);
-      to.prefix = from.prefix;
-      int32_t* start = memory_.template take<int32_t>(from.columns);
-      for (int64_t j = 0, k = 0; j < from.columns; ++j) {
-        while (k < from.rows && from.prefix[k] <= j) ++k;
-        start[j] = int32_t(k);
-      }
-      to.start = start;
-      to.identity = is_identity(from.order, from.rows);
-      to.columns_in_order = columns_in_order;
-      to.weight = static_cast<const T*>(from.weight);
-      if (!to.identity || !columns_in_order) to.weight = gather(from);
-      to.packed = {many_rows && far_apart(from) ? pack(to) : nullptr, from.rows};
-      to.bias = static_cast<const T*>(from.bias);
-      if (to.bias && !to.identity) {
-        T* bias = memory_.template take<T>(from.rows);
-        for (int64_t k = 0; k < from.rows; ++k) bias[k] = to.bias[from.order[k]];
-        to.bias = bias;
-      }
-      to.term = static_cast<const T*>(from.term);
+      to = sort(args.layers[l], columns_in_order, many_rows);
       const bool last = l + 1 == layer_count;
+      to.started = l == 0 && args.context;
       to.skip = args.residual && !last && l >= 2 && l % 2 == 0;
       to.linear = last || (args.residual && l + 2 == layer_count);
       columns_in_order = to.identity;
-      widest = std::max(widest, from.rows);
+      widest = std::max(widest, to.rows);
+    }
+    context = nullptr;
+    if (args.context) {
+      auto* layer = memory_.template take<SortedLayer<T>>(1);
+      *layer = sort(args.context->layer, true, many_rows);
+      layer->linear = !args.context->activated;
+      context = layer;
     }
   }
 
@@ -92,6 +79,7 @@ class Network {
   int64_t cycles(int64_t batch) const {
     int64_t sum = 0;
     for (int64_t l = 0; l < layer_count; ++l) sum += layers[l].rows * (layers[l].columns / 2 + 30);
+    if (context) sum += context->rows * (context->columns + (context->linear ? 0 : 30));
     return sum * batch / Vec<T>::lanes;
   }
 
@@ -99,6 +87,34 @@ class Network {
   using Memory = Scratch<Network>;
   Memory memory_;
 
+  // But for what its place among the layers says.
+  SortedLayer<T> sort(const MaskedLayer& from, bool columns_in_order, bool many_rows) {
+    SortedLayer<T> to{};
+    to.rows = from.rows;
+    to.columns = from.columns;
+    to.order = from.order;
+    to.position = invert(from.order, from.rows);
+    to.prefix = from.prefix;
+    int32_t* start = memory_.template take<int32_t>(from.columns);
+    for (int64_t j = 0, k = 0; j < from.columns; ++j) {
+      while (k < from.rows && from.prefix[k] <= j) ++k;
+      start[j] = int32_t(k);
+    }
+    to.start = start;
+    to.identity = is_identity(from.order, from.rows);
+    to.columns_in_order = columns_in_order;
+    to.weight = static_cast<const T*>(from.weight);
+    if (!to.identity || !columns_in_order) to.weight = gather(from);
+    to.packed = {many_rows && far_apart(from) ? pack(to) : nullptr, from.rows};
+    to.bias = static_cast<const T*>(from.bias);
+    if (to.bias && !to.identity) {
+      T* bias = memory_.template take<T>(from.rows);
+      for (int64_t k = 0; k < from.rows; ++k) bias[k] = to.bias[from.order[k]];
+      to.bias = bias;
+    }
+    to.term = static_cast<const T*>(from.term);
+    return to;
+  }
   static bool is_identity(const int32_t* order, int64_t n) {
     for (int64_t k = 0; k < n; ++k)
       if (order[k] != k) return false;
@@ -152,17 +168,23 @@ class Network {
                  Memory::template bytes<int32_t>(args.features);
     bool columns_in_order = is_identity(args.layers[0].column_order, args.features);
     for (int64_t l = 0; l < args.layer_count; ++l) {
-      const MaskedLayer& layer = args.layers[l];
-      const bool identity = is_identity(layer.order, layer.rows);
-      sum += Memory::template bytes<int32_t>(layer.rows) +
-             Memory::template bytes<int32_t>(layer.columns);
-      if (!identity) sum += Memory::template bytes<T>(layer.rows);
-      if (!identity || !columns_in_order)
-        sum += Memory::template bytes<T>(layer.rows * layer.columns);
-      if (many_rows && far_apart(layer))
-        sum += Memory::template bytes<T>(layer.rows * round_up(layer.columns, kUnits));
-      columns_in_order = identity;
+      sum += bytes(args.layers[l], columns_in_order, many_rows);
+      columns_in_order = is_identity(args.layers[l].order, args.layers[l].rows);
     }
+    if (args.context)
+      sum +=
+          Memory::template bytes<SortedLayer<T>>(1) + bytes(args.context->layer, true, many_rows);
+    return sum;
+  }
+  static size_t bytes(const MaskedLayer& layer, bool columns_in_order, bool many_rows) {
+    const bool identity = is_identity(layer.order, layer.rows);
+    size_t sum = Memory::template bytes<int32_t>(layer.rows) +
+                 Memory::template bytes<int32_t>(layer.columns);
+    if (!identity) sum += Memory::template bytes<T>(layer.rows);
+    if (!identity || !columns_in_order)
+      sum += Memory::template bytes<T>(layer.rows * layer.columns);
+    if (many_rows && far_apart(layer))
+      sum += Memory::template bytes<T>(layer.rows * round_up(layer.columns, kUnits));
     return sum;
   }
 };

@@ -12,15 +12,26 @@ int64_t cotangent_units(const Network<T>& network) {
   for (int64_t l = 0; l < network.layer_count; ++l) sum += network.layers[l].rows;
   return sum;
 }
+// Likewise, and those of an activated context layer, whose cotangents follow.
+template <class T>
+int64_t all_cotangent_units(const Network<T>& network) {
+  const SortedLayer<T>* context = network.context;
+  return cotangent_units(network) + (context && !context->linear ? context->rows : 0);
+}
 template <class T>
 int64_t activation_units(const Network<T>& network) {
   int64_t sum = 0;
   for (int64_t l = 0; l < network.layer_count; ++l) sum += network.layers[l].columns;
   return sum;
 }
+template <class T>
+int64_t all_activation_units(const Network<T>& network) {
+  return activation_units(network) + (network.context ? network.context->columns : 0);
+}
 
 // What the products over a group of consecutive tiles need of them: the cotangents dP_1 .. dP_{L+1}
-// of each tile, level after level as (n_l, R), and the activations A_0 .. A_L of all, in panels.
+// of each tile, level after level as (n_l, R), and the activations A_0 .. A_L of all, in panels. A
+// context is one more level of both, the last.
 template <class T>
 struct TileGroup {
   const Network<T>& network;
@@ -34,7 +45,7 @@ struct TileGroup {
   // How many rows to a group: they are in memory together, and sums run over multiples of
   // kOuterRows. A matter of sizes only, so that sums do not depend on the threads.
   static int64_t group_rows(const Network<T>& network, const TileShape& shape) {
-    const int64_t units = cotangent_units(network) + activation_units(network);
+    const int64_t units = all_cotangent_units(network) + all_activation_units(network);
     const int64_t fit = (int64_t(32) << 20) / (units * int64_t(sizeof(T)));
     return std::min(shape.count * shape.rows, std::max<int64_t>(fit / kOuterRows, 1) * kOuterRows);
   }
@@ -42,19 +53,22 @@ struct TileGroup {
     int64_t sum = 0;
     for (int64_t l = 0; l < network.layer_count; ++l)
       sum += round_up(network.layers[l].columns, kPanel<T>);
-    return sum;
+    return sum + (network.context ? round_up(network.context->columns, kPanel<T>) : 0);
   }
 
-  T* cotangents(int64_t tile) const { return all_cotangents + tile * R * cotangent_units(network); }
+  T* cotangents(int64_t tile) const {
+    return all_cotangents + tile * R * all_cotangent_units(network);
+  }
   // Takes over A_0 .. A_L of a tile, level after level as (n_l, R).
   void set_activations(int64_t tile, const T* a) const {
     T* to = panels + tile * R * kPanel<T>;
-    for (int64_t l = 0; l < network.layer_count; ++l) {
-      const int64_t columns = network.layers[l].columns;
+    const auto set = [&](int64_t columns) {
       tile_to_panels(a, R, std::min(R, rows - tile * R), columns, to, capacity);
       a += columns * R;
       to += round_up(columns, kPanel<T>) * capacity;
-    }
+    };
+    for (int64_t l = 0; l < network.layer_count; ++l) set(network.layers[l].columns);
+    if (network.context) set(network.context->columns);
   }
 };
 
@@ -94,25 +108,27 @@ template <class T>
 void outer_products(const AutoregressiveArgs& args, const TileGroup<T>& group) {
   constexpr int64_t block = 8 * kUnits;
   const Network<T>& network = group.network;
-  int64_t blocks = 0;
-  for (int64_t l = 0; l < network.layer_count; ++l)
-    blocks += (network.layers[l].rows + block - 1) / block;
-  const int64_t d_stride = cotangent_units(network) * group.R;
+  const auto blocks_of = [](const SortedLayer<T>& layer) {
+    return (layer.rows + block - 1) / block;
+  };
+  int64_t blocks = network.context ? blocks_of(*network.context) : 0;
+  for (int64_t l = 0; l < network.layer_count; ++l) blocks += blocks_of(network.layers[l]);
+  const int64_t d_stride = all_cotangent_units(network) * group.R;
   parallel_tasks(blocks, network.cycles(group.rows) > kThreadCycles, [&](int64_t task) {
     const T *d = group.all_cotangents, *panels = group.panels;
+    const auto run = [&](const MaskedLayer& to, const SortedLayer<T>& layer) {
+      const int64_t first = (blocks_of(layer) - 1 - task) * block;  // the longest rows first
+      outer_rows(to, layer, group, d, d_stride, panels, first, std::min(first + block, layer.rows));
+    };
     for (int64_t l = 0; l < network.layer_count; ++l) {
       const SortedLayer<T>& layer = network.layers[l];
-      const int64_t n = (layer.rows + block - 1) / block;
-      if (task < n) {
-        const int64_t first = (n - 1 - task) * block;  // the longest rows first
-        outer_rows(args.layers[l], layer, group, d, d_stride, panels, first,
-                   std::min(first + block, layer.rows));
-        return;
-      }
-      task -= n;
+      if (task < blocks_of(layer)) return run(args.layers[l], layer);
+      task -= blocks_of(layer);
       d += layer.rows * group.R;
       panels += round_up(layer.columns, kPanel<T>) * group.capacity;
     }
+    if (network.context->linear) d = group.all_cotangents;  // the first level's
+    run(args.context->layer, *network.context);
   });
 }
 
@@ -129,9 +145,9 @@ struct GroupScratch;
 template <class T, class BackwardTile>
 void backward_tiles(const AutoregressiveArgs& args, const Network<T>& network,
                     const TileShape& shape, const BackwardTile& backward_tile) {
-  const int64_t R = shape.rows, a_size = activation_units(network) * R;
+  const int64_t R = shape.rows, a_size = all_activation_units(network) * R;
   const int64_t group_rows = TileGroup<T>::group_rows(network, shape);
-  const int64_t d_size = cotangent_units(network) * group_rows;
+  const int64_t d_size = all_cotangent_units(network) * group_rows;
   const int64_t panel_size = TileGroup<T>::panel_units(network) * group_rows;
   using S = Scratch<GroupScratch<T>>;
   S scratch(S::template bytes<T>(d_size) + S::template bytes<T>(panel_size));

@@ -1,9 +1,9 @@
 // Tiles of rows: their size, the layout of `saved`, and the way from and to batch tensors.
 //
 // A tile holds level l as (n_l, R): units in sorted order, R rows each, contiguous. `saved` is, for
-// each tile, the pre-activations P_1 .. P_L and, for affine ops, the outputs O: (total, R). Rows
-// past the end of the batch are computed from zeros up to a whole vector; the vectors after that
-// are zeros in `saved` and never computed.
+// each tile, the pre-activations P_1 .. P_L and, for affine ops, the outputs O: (total, R). Those
+// of an activated context layer come before them. Rows past the end of the batch are computed from
+// zeros up to a whole vector; the vectors after that are zeros in `saved` and never computed.
 #pragma once
 
 #include "../common/blocked.h"
@@ -18,7 +18,8 @@ struct TileShape {
   int64_t total;  // units in `saved`, all levels together
 
   explicit TileShape(const AutoregressiveArgs& args)
-      : batch(args.batch), rows(tile_rows(args.batch)), total(args.affine ? args.outputs() : 0) {
+      : batch(args.batch), rows(tile_rows(args.batch)), total(args.context_units()) {
+    if (args.affine) total += args.outputs();
     count = (batch + rows - 1) / rows;
     for (int64_t l = 0; l + 1 < args.layer_count; ++l) total += args.layers[l].rows;
   }

@@ -36,6 +36,20 @@ void activate_units_backward(Activation activation, const T* p, const T* d_skipp
   });
 }
 
+// dT = act'(T) dA for the units of a tile.
+template <class T>
+void slope_units(Activation activation, const T* t, const T* da, int64_t units, int64_t R,
+                 int64_t vectors, T* dt) {
+  constexpr int lanes = Vec<T>::lanes;
+  with_activation(activation, [&](auto kind) {
+    for (int64_t j = 0; j < units; ++j)
+      for (int64_t r = j * R; r < j * R + vectors * lanes; r += lanes) {
+        const auto act = activate_with_slope<kind>(Vec<T>::load(t + r));
+        (Vec<T>::load(da + r) * act.slope).store(dt + r);
+      }
+  });
+}
+
 // Columns of `saved` that no vector of the tile reaches.
 template <class T>
 void clear_unused(T* tile, int64_t units, int64_t R, int64_t used) {

@@ -31,7 +31,9 @@ _define: Callable[..., Callable] | None = None
 _ops: dict[str, Callable[..., tuple[Tensor, ...] | None]] = {}
 
 
-def define(forward: str, backward: str, shapes: str, python_backward: Callable) -> None:
+def define(
+    forward: str, backward: str, shapes: str, python_backward: Callable
+) -> Callable[..., tuple[Tensor, ...] | None] | None:
     """Let the node run an op, where there is a node.
 
     Arguments:
@@ -43,11 +45,15 @@ def define(forward: str, backward: str, shapes: str, python_backward: Callable) 
         python_backward: gives the gradients where the backward op cannot: called with forward's
             arguments, those of its outputs that backward uses (the others None), cotangents, and
             a bool for every tensor, it returns a gradient or None for every tensor.
+
+    Returns:
+        What `run` calls after its checks; None where there is no node.
     """
     if _define is not None:
         _ops[forward] = _define(
             f"fastflow::{forward}", f"fastflow::{backward}", shapes, python_backward
         )
+    return _ops.get(forward)
 
 
 def run(op: str, *args: object) -> tuple[Tensor, ...] | None:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastflow import masks
+from fastflow.autograd.context import ContextTerm, plain_linear
 from fastflow.bijections.arranged import Arranged
 from fastflow.bijections.base import (
     check_batches,
@@ -19,6 +20,7 @@ from fastflow.bijections.base import (
 )
 from fastflow.functional.made import made
 from fastflow.functional.network import check_activation
+from fastflow.memo import tensors
 from fastflow.reference.network import reach
 
 
@@ -129,8 +131,11 @@ class MADE(Arranged):
 
     def network(self, context: Tensor | None) -> dict[str, Any]:
         """The network at a context, as the arguments of `fastflow.functional.made` after x."""
-        terms, layers = None, list(self.layers)
-        if self.context_layer is None:
+        # not by attribute: in a small model, modules' __getattr__ takes longer than the network
+        layers = [*self._modules["layers"]._modules.values()]
+        weights = tensors(layers, "weight")
+        terms, context_layer = None, self._modules.get("context_layer")
+        if context_layer is None:
             refuse_context("MADE", context)
         else:
             if not isinstance(context, Tensor):
@@ -139,12 +144,15 @@ class MADE(Arranged):
                     f"MADE: context is {got}, must be a tensor (*batch, {self.context_features})"
                 )
             check_features("MADE", "context", context, self.context_features)
-            check_type("MADE", "context", context, layers[0].weight)
-            terms = [self.context_layer(context), *[None] * (len(layers) - 1)]
+            check_type("MADE", "context", context, weights[0])
+            if plain_linear(context_layer):
+                terms = ContextTerm.of(context_layer, context)
+            else:
+                terms = [context_layer(context), *[None] * (len(layers) - 1)]
         return {
-            "weights": [layer.weight for layer in layers],
-            "biases": [layer.bias for layer in layers],
-            "stairs": self.stairs if self._by_degrees else self.masks(),
+            "weights": weights,
+            "biases": tensors(layers, "bias"),
+            "stairs": self._buffers["stairs"] if self._by_degrees else self.masks(),
             "terms": terms,
             "activation": self.activation,
             "residual": self.residual,

@@ -8,8 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastflow.convert.layer import MaskedLayer, Unsupported, as_bool, tensors
+from fastflow.autograd.context import ContextTerm
+from fastflow.convert.layer import MaskedLayer, Unsupported, as_bool
 from fastflow.convert.staircase import staircase_of
+from fastflow.memo import tensors
 from fastflow.scales import Scale
 
 
@@ -44,7 +46,7 @@ class JoinedLayer(MaskedLayer):
         if context is not None:
             own, of_context = self._parts(weights[0], self.sizes(layers))
             weights[0] = own.contiguous()  # as the node wants it, see fastflow.autograd.node
-            terms = [context @ of_context.mT, *[None] * (len(weights) - 1)]
+            terms = ContextTerm(context, of_context.contiguous(), None, activated=False)
         return {
             "weights": weights,
             "biases": tensors(layers, "bias"),

@@ -163,18 +163,6 @@ class MaskedLayer(Converted):
         return state | {"_sources": []}
 
 
-def tensors(layers: Sequence[nn.Module], name: str) -> list[Tensor | None]:
-    """The weight, bias or other tensor of this name of every layer, as it is now."""
-    found = []
-    for layer in layers:
-        # past __getattr__ of modules, which in a small model takes longer than the network
-        tensor = layer._parameters.get(name)
-        if tensor is None:
-            tensor = layer._buffers.get(name)
-        found.append(getattr(layer, name) if tensor is None else tensor)
-    return found
-
-
 def as_bool(given: Sequence[Tensor]) -> list[Tensor]:
     """Masks (n_l, n_{l-1}) of any type as bool.
 

@@ -14,10 +14,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from fastflow.autograd.context import ContextTerm
 from fastflow.convert.activations import check_hooks, one_activation
-from fastflow.convert.layer import MaskedLayer, Unsupported, as_bool, tensors
+from fastflow.convert.layer import MaskedLayer, Unsupported, as_bool
 from fastflow.convert.staircase import staircase_of
 from fastflow.functional.autoregressive import autoregressive, autoregressive_inverse
+from fastflow.memo import tensors
 from fastflow.scales import Scale
 
 
@@ -57,7 +59,7 @@ class MadeLayer(MaskedLayer):
             "scale": self.scale,
         }
 
-    def terms(self, context: Tensor, layers: int) -> list[Tensor | None]:
+    def terms(self, context: Tensor, layers: int) -> list[Tensor | None] | ContextTerm:
         """What the context (B, C) adds to the pre-activations of every layer."""
         raise NotImplementedError(f"{type(self).__name__} has no terms")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from nflows.transforms import autoregressive, made
 from torch import Tensor
 
+from fastflow.autograd.context import ContextTerm, plain_linear
 from fastflow.convert.layer import Unsupported
 from fastflow.convert.made import MadeLayer
 from fastflow.scales import Softplus
@@ -26,10 +27,13 @@ class MaskedAffineAutoregressiveTransform(
     def residual(self) -> bool:
         return self.autoregressive_net.use_residual_blocks
 
-    def terms(self, context: Tensor, layers: int) -> list[Tensor | None]:
-        net = self.autoregressive_net
+    def terms(self, context: Tensor, layers: int) -> list[Tensor | None] | ContextTerm:
+        net = self._modules["autoregressive_net"]
+        layer = net._modules["context_layer"]
+        if not self._residual and plain_linear(layer):
+            return ContextTerm.of(layer, context, activated=True)
         found = [None] * layers
-        found[0] = net.activation(net.context_layer(context))
+        found[0] = net.activation(layer(context))
         if self._residual:
             found[1:-1:2] = [block.context_layer(context) for block in net.blocks]
         return found

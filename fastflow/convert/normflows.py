@@ -12,9 +12,10 @@ from normflows.nets import made
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from fastflow.convert.layer import Converted, Unsupported, tensors
+from fastflow.convert.layer import Converted, Unsupported
 from fastflow.convert.made import MadeLayer
 from fastflow.functional.planar_flow import planar_flow, planar_flow_inverse
+from fastflow.memo import tensors
 from fastflow.scales import Sigmoid
 
 

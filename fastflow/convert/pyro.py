@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from fastflow.bijections.base import check_features
 from fastflow.convert.activations import check_hooks, one_activation
 from fastflow.convert.joined import JoinedLayer
-from fastflow.convert.layer import Converted, Unsupported, tensors
+from fastflow.convert.layer import Converted, Unsupported
 from fastflow.convert.remembering import Remembering
 from fastflow.functional.autoregressive import autoregressive, autoregressive_inverse
 from fastflow.functional.planar_flow import planar_flow, planar_flow_inverse
+from fastflow.memo import tensors
 from fastflow.scales import Clamp, Gate, Scale
 
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastflow.autograd import context
+from fastflow.autograd.context import ContextTerm
 from fastflow.autograd.masked import by_node, masked_network
 from fastflow.functional.checks import check_tensors
 from fastflow.functional.stairs import check_dependence, check_stairs, known_dependence
@@ -32,7 +34,7 @@ def run(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None] | None,
     stairs: Tensor | Sequence[Tensor],
-    terms: Sequence[Tensor | None] | None,
+    terms: Sequence[Tensor | None] | ContextTerm | None,
     activation: str,
     residual: bool,
     affine: bool = False,
@@ -45,7 +47,8 @@ def run(
         op: its name in `fastflow.autograd.masked.OPS`.
         x_name: what the caller calls x, for the errors.
         x: points, (*batch, D).
-        weights, biases, stairs, terms, activation, residual: the network, as in `fastflow.made`.
+        weights, biases, stairs, terms, activation, residual: the network, as in `fastflow.made`. A
+            `ContextTerm` in the place of terms is the first layer's, the only one then.
         affine: whether the network must have two outputs for every feature, which see the features
             before it only.
         constants: what the op takes after `residual`.
@@ -54,10 +57,10 @@ def run(
         The outputs of the op, with the batch shape of x and the terms.
     """
     setting = (NUMBERS[check_activation(op, activation)], bool(residual), *constants)
-    given = (op, x, weights, biases, stairs, terms, setting)
     plain = isinstance(weights, (list, tuple)) and isinstance(stairs, Tensor)
     plain = plain and not (recompute or torch.compiler.is_compiling())
     known = plain and known_dependence(stairs, setting[1], affine)
+    given = (op, x, weights, biases, stairs, terms, setting)
     if known and (outputs := _quickly(*given)) is not None:
         return outputs  # most calls need nothing below
     weights = _tensors(op, "weights", weights)
@@ -65,6 +68,8 @@ def run(
     if not layers:
         raise ValueError(f"{op}: weights is empty, must hold at least one layer")
     biases = _tensors(op, "biases", [None] * layers if biases is None else biases, weights[0])
+    if isinstance(terms, ContextTerm):
+        terms = terms.computed(setting[0], layers)
     terms = [] if terms is None else _tensors(op, "terms", terms, weights[0])
     tensors = {x_name: x}
     tensors |= {f"weights[{i}]": weight for i, weight in enumerate(weights)}
@@ -113,12 +118,18 @@ def _quickly(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None] | None,
     stairs: Tensor,
-    terms: Sequence[Tensor | None] | None,
+    terms: Sequence[Tensor | None] | ContextTerm | None,
     setting: tuple,
 ) -> tuple[Tensor, ...] | None:
     """The outputs by the autograd node, which makes its own checks; None if it declines."""
-    terms = () if terms is None else terms
     biases = (None,) * len(weights) if biases is None else biases
+    if isinstance(terms, ContextTerm):
+        if op == "autoregressive":
+            outputs = context.by_node(x, terms, weights, biases, stairs, setting)
+            if outputs is not None:
+                return outputs
+        terms = terms.computed(setting[0], len(weights))
+    terms = () if terms is None else terms
     return by_node(op, x, terms, weights, biases, stairs, setting)
 
 

@@ -1,0 +1,119 @@
+"""The affine autoregressive layer with its context layer inside, by the autograd node alone.
+
+In small networks a linear layer of its own costs as much as a layer of the network: three products
+with a call each, and nodes in the graph. `autoregressive_context_forward` computes it tile by tile
+with the rest. CPUs only; whatever the node declines goes by way of `ContextTerm.computed`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as nnf
+from torch.nn.modules.module import _has_any_global_hook
+
+from fastflow import backends
+from fastflow.autograd import node
+from fastflow.reference import autoregressive
+from fastflow.reference.network import BY_NUMBER
+
+FORWARD, BACKWARD = "autoregressive_context_forward", "autoregressive_context_backward"
+
+
+class ContextTerm(NamedTuple):
+    """What a context adds to the first layer of a network, not yet computed: V c + v, or its act.
+
+    Arguments:
+        context: c, (*batch, C).
+        weight: V, (n_1, C).
+        bias: v, (n_1,) or None.
+        activated: whether the network's activation is applied to it.
+    """
+
+    context: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    activated: bool
+
+    @classmethod
+    def of(cls, layer: nn.Linear, context: Tensor, activated: bool = False) -> ContextTerm:
+        """What a `plain_linear` layer makes of a context."""
+        own = layer._parameters
+        return cls(context, own["weight"], own["bias"], activated)
+
+    def computed(self, activation: int, layers: int) -> list[Tensor | None]:
+        """The terms of all layers; `activation` is the network's, by number."""
+        term = nnf.linear(self.context, self.weight, self.bias)
+        first = BY_NUMBER[activation].value(term) if self.activated else term
+        return [first, *[None] * (layers - 1)]
+
+
+def plain_linear(layer: nn.Module) -> bool:
+    """Whether a call of the layer computes V c + v and nothing else, so that it need not be made.
+
+    Not so with hooks, subclasses and parametrizations, nor where a graph shall show the layer.
+    """
+    return not (
+        type(layer) is not nn.Linear
+        or torch.compiler.is_compiling()
+        or layer._forward_pre_hooks
+        or layer._forward_hooks
+        or layer._backward_pre_hooks
+        or layer._backward_hooks
+        or "forward" in layer.__dict__
+        or _has_any_global_hook()
+    )
+
+
+def by_node(
+    x: Tensor,
+    term: ContextTerm,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    stairs: Tensor,
+    setting: tuple,
+) -> tuple[Tensor, ...] | None:
+    """y and ladj of the parallel direction; None if the node declines, or other backends shall."""
+    if not node.enabled or backends.current() not in (None, "cpp"):
+        return None
+    if not (isinstance(x, Tensor) and x.is_cpu) or torch.compiler.is_compiling():
+        return None
+    return _op(x, *term, weights, biases, stairs, *setting, True)
+
+
+def _gradients(
+    arguments: tuple, outputs: tuple, cotangents: tuple[Tensor, ...], wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """By PyTorch's own derivatives of the reference, as a graph where that is asked for."""
+    differentiable = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # aliases: a weight computed from x must not bring its own gradient to that of x
+        aliases = [
+            [tensor.view_as(tensor) for tensor in argument]
+            if isinstance(argument, list)
+            else argument.view_as(argument)
+            if isinstance(argument, Tensor)
+            else argument
+            for argument in arguments
+        ]
+        x, *term, weights, biases, stairs, activation, residual, scale, c0, c1, _ = aliases
+        first, *_ = ContextTerm(*term).computed(activation, len(weights))
+        terms = [first, *[x.new_empty(0)] * (len(weights) - 1)]
+        *found, _ = autoregressive.autoregressive_forward(
+            *(x, terms, weights, biases, stairs, activation, residual, scale, c0, c1, False)
+        )
+        tensors = [
+            tensor
+            for argument in aliases
+            for tensor in (argument if isinstance(argument, list) else [argument])
+            if isinstance(tensor, Tensor)
+        ]
+        leaves = [tensor for tensor, want in zip(tensors, wanted) if want]
+        grads = iter(torch.autograd.grad(found, leaves, cotangents, create_graph=differentiable))
+    return [next(grads) if want else None for want in wanted]
+
+
+_op = node.define(FORWARD, BACKWARD, "Bn BC HC * * [nn'] [n]? * * * * * * *", _gradients)
