@@ -276,7 +276,7 @@ Gradients run_backward(Call& call, MaskedPass pass, const Tensor& d_out, const T
   for (size_t l = 0; l < call.layers.size(); ++l) {
     MaskedLayer& layer = call.layers[l];
     const bool term = terms_grad >> l & 1, bias = param_grads && biases_given >> l & 1;
-    dterms.push_back(term ? empty({B, layer.rows}, x) : empty({0}, x));
+    if (!args.context) dterms.push_back(term ? empty({B, layer.rows}, x) : empty({0}, x));
     dweights.push_back(param_grads ? empty({layer.rows, layer.columns}, x) : empty({0}, x));
     dbiases.push_back(bias ? empty({layer.rows}, x) : empty({0}, x));
     layer.dterm = term ? dterms[l].data_ptr() : nullptr;
@@ -365,8 +365,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensors, Tensors> with_context_gradie
   call.context.d_values = context_grad ? dcontext.data_ptr() : nullptr;
   layer.dweight = param_grads ? dweight.data_ptr() : nullptr;
   layer.dbias = bias ? dbias.data_ptr() : nullptr;
-  auto [dx, dterms, dweights, dbiases] = run_backward(call, MaskedPass::backward, dy, &dladj, x,
-                                                      saved, 0, biases_given, x_grad, param_grads);
+  auto [dx, no_terms, dweights, dbiases] = run_backward(
+      call, MaskedPass::backward, dy, &dladj, x, saved, 0, biases_given, x_grad, param_grads);
   return {std::move(dx),    std::move(dcontext), std::move(dweight),
           std::move(dbias), std::move(dweights), std::move(dbiases)};
 }

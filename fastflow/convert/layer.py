@@ -132,9 +132,12 @@ class MaskedLayer(Converted):
         """Whether the staircase is that of these buffers as they are now."""
         if len(sources) != len(self._sources):
             return False
-        for source, (seen, version) in zip(sources, self._sources):
-            if source is not seen or _version(source) != version:
-                return False
+        try:
+            for source, (seen, version) in zip(sources, self._sources):
+                if source is not seen or source._version != version:
+                    return False
+        except RuntimeError:  # made in inference mode
+            return False
         return True
 
     def _derive(self, sources: Sequence[Tensor]) -> None:

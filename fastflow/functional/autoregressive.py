@@ -57,9 +57,10 @@ def autoregressive(
         >>> y.shape, ladj.shape
         (torch.Size([5, 2]), torch.Size([5]))
     """
-    return _run(
-        *("autoregressive", "x", x, weights, biases, stairs, terms),
-        *(activation, residual, scale, recompute),
+    constants = _constants("autoregressive", scale)
+    return network.run(
+        *("autoregressive", "x", x, weights, biases, stairs, terms, activation, residual),
+        *(True, constants, recompute),
     )
 
 
@@ -100,29 +101,14 @@ def autoregressive_inverse(
         >>> torch.allclose(x, torch.ones(5, 2)), torch.allclose(back, -ladj)
         (True, True)
     """
-    return _run(
-        *("autoregressive_inverse", "y", y, weights, biases, stairs, terms),
-        *(activation, residual, scale, recompute),
-    )
-
-
-def _run(
-    op: str,
-    x_name: str,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None] | None,
-    stairs: Tensor | Sequence[Tensor],
-    terms: Sequence[Tensor | None] | None,
-    activation: str,
-    residual: bool,
-    scale: str | Scale,
-    recompute: bool,
-) -> tuple[Tensor, Tensor]:
-    scale = scale_map(op, scale)
+    constants = _constants("autoregressive_inverse", scale)
     return network.run(
-        *(op, x_name, x, weights, biases, stairs, terms, activation, residual),
-        affine=True,
-        constants=(scale.number, *map(float, scale.constants)),
-        recompute=recompute,
+        *("autoregressive_inverse", "y", y, weights, biases, stairs, terms, activation, residual),
+        *(True, constants, recompute),
     )
+
+
+def _constants(op: str, scale: str | Scale) -> tuple[int, float, float]:
+    """A scale map as ops take it."""
+    scale = scale_map(op, scale)
+    return scale.number, *map(float, scale.constants)
