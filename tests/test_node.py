@@ -58,7 +58,7 @@ def test_parameters_of_modules_are_plain() -> None:
     layer = fastflow.MaskedAffineAutoregressive(3, (8, 8), context_features=2)
     x, context = torch.zeros(5, 3), torch.zeros(5, 2)
     for y in layer(x, context):
-        assert y.grad_fn.name() == "fastflow::autoregressive_backward"
+        assert y.grad_fn.name() == "fastflow::autoregressive_context_backward"
     y = made(x, **layer.network.network(context))
     assert y.grad_fn.name() == "fastflow::made_backward"
 
