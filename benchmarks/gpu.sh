@@ -30,7 +30,7 @@ read -ra ops <<<"${FASTFLOW_OPS:-planar_flow autoregressive vae convert pcp}"
 report_seconds=30
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 MPLBACKEND=Agg
 # pytest without the working directory on the path: what is tested is what was installed
-pytest=(python3 -c 'import sys; del sys.path[0]; import pytest; sys.exit(pytest.console_main())')
+pytest=(python3 -c 'import sys; del sys.path[0]; import pytest; sys.exit(pytest.main())')
 phases=()
 failures=0
 
