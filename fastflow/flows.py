@@ -172,6 +172,8 @@ class Flow(nn.Module):
     ) -> Tensor:
         if not isinstance(shape, Sequence):
             raise TypeError(f"Flow: shape is {shape!r}, must be a sequence of integers, e.g. (10,)")
+        if any(size < 0 for size in shape):
+            raise ValueError(f"Flow: shape is {tuple(shape)}, must have no negative size")
         batch = ()
         if context is not None:
             if not self.bijection.context_features:
@@ -185,8 +187,8 @@ class MAF(Flow):
     r"""Masked autoregressive flow: density estimation in one pass, and sampling in one sweep.
 
     A stack of `MaskedAffineAutoregressive` layers maps data to noise, the direction in which a
-    layer computes all features at once. Sampling inverts them one by one, each for about the cost
-    of a pass, so that training by samples (reverse KL) is as cheap as training by data.
+    layer computes all features at once. Sampling inverts layer after layer, each for about the
+    cost of one pass, so that training by samples (reverse KL) is as cheap as training by data.
 
     Arguments:
         features: D.

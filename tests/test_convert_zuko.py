@@ -162,6 +162,8 @@ def test_batches_of_points_and_contexts_broadcast() -> None:
     torch.testing.assert_close(f(c)(x), t(c)(x), rtol=0, atol=1e-10)
     torch.testing.assert_close(f(c).inv(x), t(c).inv(x), rtol=0, atol=1e-10)
     torch.testing.assert_close(f(c[0])(x), t(c[0])(x), rtol=0, atol=1e-10)
+    with pytest.raises(ValueError, match=r"do not broadcast: x \(4, 1\), context \(5, 2\)"):
+        f(c.expand(5, 6, 5)[:, :2])(x.expand(4, 3, 3)[:, :1])
 
 
 def test_states_of_other_orders_are_followed() -> None:

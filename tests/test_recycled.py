@@ -51,6 +51,8 @@ def held_after(mebibytes: list[int]) -> float:
         (None, [40, 44, 48], 44, 64),  # the oldest makes room for the newest
         (None, [80], 0, 8),  # above the limit nothing is kept
         ("0", [40] * 4, 0, 8),
+        ("-5", [40] * 4, 36, 48),  # no number of MiB: the default
+        ("100MiB", [80], 0, 8),
         ("100", [80], 76, 88),
     ],
 )

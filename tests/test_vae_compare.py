@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
@@ -20,7 +21,7 @@ pytest.importorskip("tabulate")
 from vae_command import COMMAND, call, complaint
 from vae_files import SHAPE
 
-from fastflow.vae import Config, build, evaluate, evaluation, jobs
+from fastflow.vae import Config, build, commands, evaluate, evaluation, jobs
 from fastflow.vae.checkpoint import save_model
 from fastflow.vae.compare import concerning
 from fastflow.vae.summary import Row, read_result, render, summarise
@@ -329,6 +330,12 @@ def test_plot_draws_what_training_drew(tmp_path, images, capsys):
     assert contents(out) == before
     names = {path.name for path in (tmp_path / "pictures").iterdir()}
     assert names == {"learning_curves.png", "reconstructions.png", "samples.png"}
+
+
+def test_curves_are_named_by_what_tells_the_runs_apart():
+    different, same = [Path("a/x"), Path("b/y")], [Path("a/x"), Path("b/x")]
+    assert commands._labels(different) == ["x", "y"]
+    assert commands._labels(same) == [str(path) for path in same]
 
 
 def test_plot_errors(tmp_path, images, capsys):

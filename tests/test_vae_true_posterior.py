@@ -183,6 +183,9 @@ def test_command_trains_on_few_images_and_takes_their_decoder_again(tmp_path, im
         assert image["border_mass"] < 1e-6 and image["quadrature_error"] < 1e-3
         assert f"{image['kl']['planar']:.4f}" in printed
 
+    assert call(*common, *words) == 2
+    assert f"{tmp_path / 'few'}: already holds an experiment" in complaint(capsys)
+
     decoder = tmp_path / "few" / "decoder.safetensors"
     assert load_model(decoder, CPU)[1].posterior == "gaussian"
     again = ["--decoder", decoder, "--lr", "0.01", "--out", tmp_path / "again"]

@@ -4,10 +4,13 @@
 #pragma once
 
 #include <algorithm>
+#include <charconv>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <deque>
+#include <limits>
 #include <mutex>
 #include <new>
 
@@ -68,9 +71,16 @@ class Recycled {
 
   static void release(void* data) { ::operator delete(data, kAlignment); }
 
+  // What is not a whole number counts as not set.
   static size_t limit_from_environment() {
-    const char* mebibytes = std::getenv("FASTFLOW_KEEP_MIB");
-    return size_t(mebibytes ? std::max(std::atoi(mebibytes), 0) : 64) << 20;
+    constexpr size_t most = std::numeric_limits<size_t>::max() >> 20;
+    size_t mebibytes = 64, given = 0;
+    if (const char* text = std::getenv("FASTFLOW_KEEP_MIB")) {
+      const char* end = text + std::strlen(text);
+      const auto [rest, error] = std::from_chars(text, end, given);
+      if (error == std::errc() && rest == end) mebibytes = std::min(given, most);
+    }
+    return mebibytes << 20;
   }
 
   const size_t limit_;

@@ -81,7 +81,7 @@ class PCPMap(Bijection):
     """
 
     def __init__(
-        self, features: int, context_features: int, hidden_features: Sequence[int] = (64, 64)
+        self, features: int, context_features: int = 0, hidden_features: Sequence[int] = (64, 64)
     ) -> None:
         super().__init__()
         self.features = positive_int("PCPMap", "features", features)

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastflow.autograd import context
 from fastflow.autograd.context import ContextTerm
 from fastflow.autograd.masked import by_node, masked_network
-from fastflow.functional.checks import check_tensors
+from fastflow.functional.checks import broadcast_batches, check_tensors
 from fastflow.functional.stairs import check_dependence, check_stairs, known_dependence
 from fastflow.reference.network import ACTIVATIONS
 
@@ -68,6 +68,7 @@ def run(
     if not layers:
         raise ValueError(f"{op}: weights is empty, must hold at least one layer")
     biases = _tensors(op, "biases", [None] * layers if biases is None else biases, weights[0])
+    given_context = terms.context if isinstance(terms, ContextTerm) else None
     if isinstance(terms, ContextTerm):
         terms = terms.computed(setting[0], layers)
     terms = [] if terms is None else _tensors(op, "terms", terms, weights[0])
@@ -77,6 +78,8 @@ def run(
     tensors |= {f"terms[{i}]": term for i, term in enumerate(terms)}
     check_tensors(op, **tensors)
     _check_shapes(op, x_name, x, weights, biases, terms)
+    if given_context is not None:  # its terms are nothing that the caller knows
+        broadcast_batches(op, **{x_name: x.shape[:-1], "context": given_context.shape[:-1]})
     check_stairs(op, x_name, x, weights, stairs)
     if affine and weights[-1].shape[0] != 2 * x.shape[-1]:
         raise ValueError(

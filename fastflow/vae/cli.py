@@ -33,7 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    options = make_parser().parse_args(arguments)
+    parser = make_parser()
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        page = f"{parser.prog} {options.command} --help"
+        return complain(f"error: unrecognized arguments: {' '.join(unknown)} (see {page})", 2)
     try:
         if options.threads is not None:
             torch.set_num_threads(options.threads)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -125,19 +126,27 @@ def plot(options: argparse.Namespace) -> None:
         _say(str(folder))
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
-        groups = {str(folder): [folder] for folder in options.runs}
+        groups = {label: [folder] for label, folder in zip(_labels(options.runs), options.runs)}
         draw_runs(options.out, groups, options.data_root, device)
         _say(str(options.out))
+
+
+def _labels(folders: Sequence[Path]) -> list[str]:
+    """What tells folders apart: their names where these differ, else all of their paths."""
+    names = [folder.resolve().name for folder in folders]
+    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
 
 def true_posterior(options: argparse.Namespace) -> None:
     """Fits posteriors to a few images and draws them beside the true posterior."""
     from fastflow.vae.compare import refuse_for_all
-    from fastflow.vae.four_images import FIT_SETTINGS, Experiment, perform
+    from fastflow.vae.four_images import FIT_SETTINGS, NUMBERS, Experiment, perform
 
     device, settings = _device(options.device), given_settings(options)
     if options.out.exists() and not options.out.is_dir():  # said before hours of fitting
         raise VaeError(f"{options.out}: is not a folder")
+    if (options.out / NUMBERS).exists():
+        raise VaeError(f"{options.out}: already holds an experiment")
     posteriors = options.posteriors or choices("posterior")
     refuse_for_all(posteriors, settings)
     if options.decoder is None:

@@ -85,7 +85,8 @@ class Config:
                 raise VaeError(f"{field.name}: {value!r} must be of type {expected.__name__}")
         for name in ("posterior", *CHOICES):
             if (value := getattr(self, name)) not in choices(name):
-                raise VaeError(f"{name}: {value!r} must be one of {', '.join(choices(name))}")
+                own = ", or registered by fastflow.vae.register" * (name == "posterior")
+                raise VaeError(f"{name}: {value!r} must be one of {', '.join(choices(name))}{own}")
         for name, (low, high) in RANGES.items():
             if not low <= (value := getattr(self, name)) <= high:
                 raise VaeError(f"{name}: {value} must be within {low} and {high}")

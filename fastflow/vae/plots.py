@@ -35,7 +35,7 @@ def draw_loss(path: Path, history: Sequence[Mapping[str, float]]) -> None:
     terms = ("−ELBO", "−log p(x | z)", "KL(q || p)")
     for axes, title, term in zip((left, middle, right), titles, terms, strict=True):
         axes.set(title=title, xlabel="epoch", ylabel=f"{term}  (nats per image)")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
         axes.grid(alpha=0.3)
     save_figure(figure, path)
 
@@ -65,7 +65,7 @@ def draw_learning_curves(
         low, high = ordered[0], ordered[math.ceil(0.95 * (len(ordered) - 1))]
         axes.set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
     axes.set(title="−ELBO of the test images", xlabel="epoch", ylabel="−ELBO  (nats per image)")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
     axes.grid(alpha=0.3)
     axes.legend()
     save_figure(figure, path)
