@@ -5,6 +5,7 @@ Those are held against an oracle elsewhere (test_autoregressive_kernels.py).
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
 
@@ -195,8 +196,9 @@ def test_layers_take_it() -> None:
         lambda linear: linear.register_full_backward_hook(lambda *_: None),
         lambda linear: nn.utils.parametrizations.weight_norm(linear),
         lambda linear: setattr(linear, "forward", lambda c: c @ linear.weight.mT),
+        lambda linear: linear.__dict__.update(weight=linear._parameters.pop("weight")),
     ],
-    ids=["forward hook", "pre-hook", "backward hook", "parametrized", "another forward"],
+    ids=["forward hook", "pre-hook", "backward hook", "parametrized", "another forward", "replica"],
 )
 def test_a_changed_layer_is_called(change: Callable[[nn.Linear], object]) -> None:
     layer, x, context = layer_and_inputs()
@@ -204,6 +206,33 @@ def test_a_changed_layer_is_called(change: Callable[[nn.Linear], object]) -> Non
     change(layer.network.context_layer)
     assert not plain_linear(layer.network.context_layer)
     assert not inside(layer(x, context)[0])
+
+
+def test_autocast_rounds_the_context_in_both_directions_alike() -> None:
+    layer, x, context = layer_and_inputs(rows=40)
+    layer, x, context = layer.float(), x.detach().float(), context.detach().float()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        y, ladj = layer(x, context)
+        back, minus_ladj = layer.inverse(y, context)
+    assert not torch.equal(y, layer(x, context)[0])
+    torch.testing.assert_close(back, x, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(minus_ladj, -ladj, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_the_context_layer_is_computed_once(
+    backend: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, x, context = layer_and_inputs()
+    layer(x, context)  # the first call looks at the stairs
+    calls = []
+    computed = ContextTerm.computed
+    monkeypatch.setattr(ContextTerm, "computed", lambda *given: calls.append(1) or computed(*given))
+    with fastflow.use_backend(backend) if backend else contextlib.nullcontext():
+        layer(x, context)
+        layer(x, context[:1])  # which broadcasts
+        layer.inverse(x, context)
+    assert len(calls) == (2 if backend is None else 3)
 
 
 def test_derivatives_of_derivatives(activated: bool) -> None:

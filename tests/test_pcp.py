@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from collections.abc import Iterator
 
@@ -190,6 +191,22 @@ def test_newton_ends_at_rounding_from_anywhere(
         residual = (pcp.gradient(x, net)[0] - y).abs()
     assert torch.isfinite(x).all()
     assert (residual <= 16 * rounding_of_gradient(x, y, net)).all()
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_newton_ends_for_every_finite_point(dtype: torch.dtype) -> None:
+    """Squares overflow on the way to the largest: NaN then, and no search without an end."""
+    made = layer(4, 2, (6, 5), 3.0, dtype)
+    largest = math.log10(torch.finfo(dtype).max)
+    y, context = given(4, 2, 40, dtype=dtype)
+    size = torch.linspace(0, largest - 0.5, 40)[:, None].to(dtype)
+    y = y / y.abs().amax(-1, keepdim=True) * 10**size
+    with torch.no_grad():
+        x, ladj = made.inverse(y, context)
+    small = size[:, 0] < largest / 2 - 3
+    assert torch.isfinite(x[small]).all() and torch.isfinite(ladj[small]).all()
+    assert (x.isfinite().all(-1) | x.isnan().all(-1)).all()
 
 
 def test_every_newton_step_lowers_the_objective() -> None:

@@ -100,17 +100,26 @@ def test_threads_take_and_give_at_once() -> None:
         assert all(pool.map(work, range(8)))
 
 
+# Another thread takes and gives all the time: now and then it holds the lock when a child comes.
 FORK = """
-import os, torch, test_recycled
+import os, threading, torch, test_recycled
 torch.set_num_threads(1)  # PyTorch's own operations would wait for threads that a child has not
-held, free = test_recycled.flow(256, 1024), test_recycled.flow(512, 1024)
-del free
-child = os.fork()
-if child == 0:
-    del held
-    result = [test_recycled.flow(rows, 1024).sum().item() for rows in (256, 512, 256)]
-    os._exit(0 if result[0] == result[2] else 1)
-assert os.waitpid(child, 0)[1] == 0
+held, expected = test_recycled.flow(256, 1024), test_recycled.flow(256, 1024).clone()
+done = threading.Event()
+def work():
+    while not done.is_set():
+        test_recycled.flow(64, 1024)
+thread = threading.Thread(target=work)
+thread.start()
+for _ in range(50):
+    child = os.fork()
+    if child == 0:
+        del held
+        results = [test_recycled.flow(rows, 1024) for rows in (256, 512, 256)]
+        os._exit(0 if all(torch.equal(one[:256], expected) for one in results) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+done.set()
+thread.join()
 """
 
 

@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
+import signal
 import traceback
+from unittest import mock
 
 import pytest
 import torch
@@ -87,7 +90,13 @@ def test_two_processes_are_one_on_the_joint_batch(tmp_path):
 def torchrun(processes, *words):
     """What the command of that name does, in this process, which has imported torch already."""
     command = ["--standalone", f"--nproc-per-node={processes}", "-m", "fastflow.vae", "train"]
-    run.main([*command, *map(str, words)])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    with mock.patch.dict(os.environ):  # it sets OMP_NUM_THREADS
+        try:
+            run.main([*command, *map(str, words)])
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 def metrics(folder):

@@ -11,7 +11,7 @@
 //   - w_grad: whether the gradient of argument w is wanted; of a list, a bit for every tensor in
 //   it;
 //   - w_given: a bit for every tensor in the list w, set unless its shape is (0,), which is how a
-//     list says that there is none;
+//     list says that there is none; of an optional tensor, a bool;
 //   - param_grads: whether any gradient is wanted that has no such flag, the first tensor's aside.
 // The results of backward are gradients of arguments. Tensor[] may stand wherever Tensor does,
 // except for outputs. An argument of forward called save says whether backward may come; the node

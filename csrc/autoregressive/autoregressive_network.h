@@ -69,7 +69,7 @@ class Network {
     context = nullptr;
     if (args.context) {
       auto* layer = memory_.template take<SortedLayer<T>>(1);
-      *layer = sort(args.context->layer, true, many_rows);
+      *layer = sort(args.context->layer, true, false);
       layer->linear = !args.context->activated;
       context = layer;
     }
@@ -172,8 +172,7 @@ class Network {
       columns_in_order = is_identity(args.layers[l].order, args.layers[l].rows);
     }
     if (args.context)
-      sum +=
-          Memory::template bytes<SortedLayer<T>>(1) + bytes(args.context->layer, true, many_rows);
+      sum += Memory::template bytes<SortedLayer<T>>(1) + bytes(args.context->layer, true, false);
     return sum;
   }
   static size_t bytes(const MaskedLayer& layer, bool columns_in_order, bool many_rows) {

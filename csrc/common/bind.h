@@ -58,9 +58,11 @@ inline Tensor empty(Shape shape, const Tensor& like, ScalarType dtype) {
     const auto give = [](void* block, void* size) {
       Recycled::all().give(block, reinterpret_cast<size_t>(size));
     };
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
+    const auto error = torch_from_blob(
         data, dims, shape.begin(), strides, 0, type, device_type, like.get_device_index(), &handle,
-        aoti_torch_layout_strided(), nullptr, 0, give, reinterpret_cast<void*>(bytes)));
+        aoti_torch_layout_strided(), nullptr, 0, give, reinterpret_cast<void*>(bytes));
+    if (error != AOTI_TORCH_SUCCESS) Recycled::all().give(data, bytes);
+    STABLE_TORCH_ERROR_CODE_CHECK(error);
     return Tensor(handle);
   }
 #endif

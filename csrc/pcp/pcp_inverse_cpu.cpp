@@ -56,8 +56,10 @@ class Newton {
     const V error = T(8) * eps * magnitude();
     const V shortest = T(1) / T(1 << kSmaller) * min(V(T(1)), error / energy);
     V length(T(0)), left = energy;
-    auto searching = live;
-    for (T t(1); any(searching); t /= 2) {
+    const auto lost = live & !(abs(energy) <= Limits<T>::max);  // no step is to be measured
+    auto searching = live & !lost;
+    // a shortest step may have been rounded to 0
+    for (T t(1); any(searching) && t >= std::numeric_limits<T>::min(); t /= 2) {
       for (int64_t d = 0; d < D_; ++d) trial_[d] = x[d] - t * step_[d];
       const V value_t = evaluate(trial_);
       solve_lower(D_, tile_.matrix, g_);
@@ -74,6 +76,7 @@ class Newton {
     V negligible(T(0));
     for (int64_t d = 0; d < D_; ++d) {
       x[d] = select(stays, x[d], x[d] - length * step_[d]);
+      x[d] = select(lost, V(T(__builtin_nan(""))), x[d]);
       negligible += diagonal_[d] * (eps * x[d]) * (eps * x[d]);
     }
     return stays | (left <= negligible);
@@ -113,7 +116,7 @@ class Newton {
   // g H^-1 g, given L^-1 g.
   V energy_of(const V* half) const {
     V energy(T(0));
-    for (int64_t d = 0; d < D_; ++d) energy += half[d] * half[d] * tile_.reciprocals[d];
+    for (int64_t d = 0; d < D_; ++d) energy += half[d] * (half[d] * tile_.reciprocals[d]);
     return energy;
   }
 

@@ -98,7 +98,8 @@ class PcpTile {
   // Vectors, and room for the blocks in which rows are transposed.
   static V* take(Arena& arena, int64_t count) { return arena.take<V>(round_up(count, lanes)); }
 
-  // The rows' terms. Lanes past the end of the batch get the potential |x|^2 / 2.
+  // The rows' terms. Lanes past the end of the batch get a curvature of 1, so that their Hessian is
+  // positive definite; x and all cotangents are 0 there.
   void load_terms(int64_t tile) {
     row = tile * lanes;
     rows = std::min<int64_t>(lanes, args.batch - row);

@@ -13,12 +13,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
-from torch.nn.modules.module import _has_any_global_hook
 
 from fastflow import backends
 from fastflow.autograd import node
 from fastflow.reference import autoregressive
 from fastflow.reference.network import BY_NUMBER
+
+try:
+    from torch.nn.modules.module import _has_any_global_hook
+except ImportError:  # a private name: without it every layer is called
+
+    def _has_any_global_hook() -> bool:
+        return True
+
 
 FORWARD, BACKWARD = "autoregressive_context_forward", "autoregressive_context_backward"
 
@@ -54,7 +61,8 @@ class ContextTerm(NamedTuple):
 def plain_linear(layer: nn.Module) -> bool:
     """Whether a call of the layer computes V c + v and nothing else, so that it need not be made.
 
-    Not so with hooks, subclasses and parametrizations, nor where a graph shall show the layer.
+    Not so with hooks, subclasses and parametrizations, nor where a graph shall show the layer, nor
+    where weights are plain attributes, as `nn.DataParallel` leaves them.
     """
     return not (
         type(layer) is not nn.Linear
@@ -64,6 +72,8 @@ def plain_linear(layer: nn.Module) -> bool:
         or layer._backward_pre_hooks
         or layer._backward_hooks
         or "forward" in layer.__dict__
+        or "weight" not in layer._parameters
+        or "bias" not in layer._parameters
         or _has_any_global_hook()
     )
 
@@ -76,8 +86,13 @@ def by_node(
     stairs: Tensor,
     setting: tuple,
 ) -> tuple[Tensor, ...] | None:
-    """y and ladj of the parallel direction; None if the node declines, or other backends shall."""
+    """y and ladj of the parallel direction; None if the node declines, or other backends shall.
+
+    Autocast rounds the context's layer, in both directions alike, so it must be seen.
+    """
     if not node.enabled or backends.current() not in (None, "cpp"):
+        return None
+    if torch.is_autocast_enabled("cpu"):
         return None
     if not (isinstance(x, Tensor) and x.is_cpu) or torch.compiler.is_compiling():
         return None

@@ -29,11 +29,11 @@ class MaskedAffineAutoregressiveTransform(
 
     def terms(self, context: Tensor, layers: int) -> list[Tensor | None] | ContextTerm:
         net = self._modules["autoregressive_net"]
-        layer = net._modules["context_layer"]
+        layer = net._modules.get("context_layer")
         if not self._residual and plain_linear(layer):
             return ContextTerm.of(layer, context, activated=True)
         found = [None] * layers
-        found[0] = net.activation(layer(context))
+        found[0] = net.activation(net.context_layer(context))
         if self._residual:
             found[1:-1:2] = [block.context_layer(context) for block in net.blocks]
         return found

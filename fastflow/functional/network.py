@@ -60,17 +60,18 @@ def run(
     plain = isinstance(weights, (list, tuple)) and isinstance(stairs, Tensor)
     plain = plain and not (recompute or torch.compiler.is_compiling())
     known = plain and known_dependence(stairs, setting[1], affine)
-    given = (op, x, weights, biases, stairs, terms, setting)
-    if known and (outputs := _quickly(*given)) is not None:
+    network, term = (op, x, weights, biases, stairs, setting), None
+    if isinstance(terms, ContextTerm):
+        if known and (outputs := _with_context(*network, terms)) is not None:
+            return outputs
+        term, terms = terms, terms.computed(setting[0], len(weights))
+    if known and (outputs := _quickly(*network, terms)) is not None:
         return outputs  # most calls need nothing below
     weights = _tensors(op, "weights", weights)
     layers = len(weights)
     if not layers:
         raise ValueError(f"{op}: weights is empty, must hold at least one layer")
     biases = _tensors(op, "biases", [None] * layers if biases is None else biases, weights[0])
-    given_context = terms.context if isinstance(terms, ContextTerm) else None
-    if isinstance(terms, ContextTerm):
-        terms = terms.computed(setting[0], layers)
     terms = [] if terms is None else _tensors(op, "terms", terms, weights[0])
     tensors = {x_name: x}
     tensors |= {f"weights[{i}]": weight for i, weight in enumerate(weights)}
@@ -78,8 +79,8 @@ def run(
     tensors |= {f"terms[{i}]": term for i, term in enumerate(terms)}
     check_tensors(op, **tensors)
     _check_shapes(op, x_name, x, weights, biases, terms)
-    if given_context is not None:  # its terms are nothing that the caller knows
-        broadcast_batches(op, **{x_name: x.shape[:-1], "context": given_context.shape[:-1]})
+    if term is not None:  # the caller knows of a context, not of terms
+        broadcast_batches(op, **{x_name: x.shape[:-1], "context": term.context.shape[:-1]})
     check_stairs(op, x_name, x, weights, stairs)
     if affine and weights[-1].shape[0] != 2 * x.shape[-1]:
         raise ValueError(
@@ -93,8 +94,11 @@ def run(
             f"equal width, theirs are {hidden}"
         )
     check_dependence(op, x.shape[-1], weights, stairs, setting[1], affine)
-    if plain and not known and (outputs := _quickly(*given)) is not None:
-        return outputs
+    if plain and not known:
+        if term is not None and (outputs := _with_context(*network, term)) is not None:
+            return outputs
+        if (outputs := _quickly(*network, terms)) is not None:
+            return outputs
 
     dtype = x.dtype
     for tensor in tensors.values():
@@ -121,19 +125,29 @@ def _quickly(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None] | None,
     stairs: Tensor,
-    terms: Sequence[Tensor | None] | ContextTerm | None,
     setting: tuple,
+    terms: Sequence[Tensor | None] | None,
 ) -> tuple[Tensor, ...] | None:
     """The outputs by the autograd node, which makes its own checks; None if it declines."""
-    biases = (None,) * len(weights) if biases is None else biases
-    if isinstance(terms, ContextTerm):
-        if op == "autoregressive":
-            outputs = context.by_node(x, terms, weights, biases, stairs, setting)
-            if outputs is not None:
-                return outputs
-        terms = terms.computed(setting[0], len(weights))
     terms = () if terms is None else terms
+    biases = (None,) * len(weights) if biases is None else biases
     return by_node(op, x, terms, weights, biases, stairs, setting)
+
+
+def _with_context(
+    op: str,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None,
+    stairs: Tensor,
+    setting: tuple,
+    term: ContextTerm,
+) -> tuple[Tensor, ...] | None:
+    """Likewise, with the context's layer in the same op, where there is one."""
+    if op != "autoregressive":
+        return None
+    biases = (None,) * len(weights) if biases is None else biases
+    return context.by_node(x, term, weights, biases, stairs, setting)
 
 
 def _tensors(

@@ -82,8 +82,10 @@ def newton_step(x: Tensor, y: Tensor, net: Network) -> tuple[Tensor, Tensor]:
     error = ROUNDINGS * eps * magnitude(x, y, net)
     shortest = 2.0**-SMALLER * (error / energy).clamp(max=1)
     length, left = torch.zeros_like(energy), energy.clone()
-    rows, t = torch.arange(len(x), device=x.device), 1.0
-    while len(rows):
+    lost = ~energy.isfinite()  # no step is to be measured
+    rows, t = (~lost).nonzero()[:, 0], 1.0
+    # a shortest step may have been rounded to 0
+    while len(rows) and t >= torch.finfo(x.dtype).tiny:
         some = net.map_rows(lambda term, rows=rows: term[rows])
         value_t, g_t, _ = objective(x[rows] + t * step[rows], y[rows], some)
         energy_t = half_solved(factor[rows], g_t).square().sum(-1)
@@ -93,7 +95,8 @@ def newton_step(x: Tensor, y: Tensor, net: Network) -> tuple[Tensor, Tensor]:
         length[rows[taken]], left[rows[taken]] = t, energy_t[taken]
         t /= 2
         rows = rows[~taken & (t >= shortest[rows])]
-    x = x + length[:, None] * step
+    x = torch.where(length[:, None] > 0, x + length[:, None] * step, x)
+    x = torch.where(lost[:, None], torch.nan, x)
     negligible = (matrix.diagonal(dim1=-2, dim2=-1) * (eps * x).square()).sum(-1)
     return x, (length == 0) | (left <= negligible)
 
