@@ -76,7 +76,7 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
 
 
 def tensors(modules: Sequence[nn.Module], name: str) -> list[Tensor | None]:
-    """The weight, bias or other tensor of this name of every module, as it is now; quick, too."""
+    """The weight, bias or other tensor of this name of every module, as it is now."""
     # past __getattr__ of modules, which in a small model takes longer than the network
     given = name in modules[0]._parameters
     kept = [module._parameters if given else module._buffers for module in modules]

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -69,7 +69,9 @@ def problem(B: int, D: int, widths: tuple[int, ...], terms: str = "rows") -> Pro
     return Problem(normal(B, D), net, K, normal(B, D), normal(B))
 
 
-def run(given: Problem, inverse: bool, param_grads: bool = True) -> dict[str, Tensor]:
+def run(
+    given: Problem, inverse: bool, param_grads: bool = True, ops: Any = ops
+) -> dict[str, Tensor]:
     """All outputs of an op and of its backward."""
     forward = ops.pcp_inverse if inverse else ops.pcp_forward
     backward = ops.pcp_inverse_backward if inverse else ops.pcp_backward
@@ -110,12 +112,7 @@ by_terms = pytest.mark.parametrize("terms", ["rows", "shared", "plain", "mixed"]
 
 def by_reference(given: Problem, inverse: bool) -> dict[str, Tensor]:
     """What `run` gives, by plain PyTorch."""
-    forward = reference.pcp_inverse if inverse else reference.pcp_forward
-    backward = reference.pcp_inverse_backward if inverse else reference.pcp_backward
-    x, net, K, d_out, dladj = given
-    out, ladj, saved = forward(x, net, K, True)
-    d_in, dnet = backward(d_out, dladj, out if inverse else x, saved, net, K, True)
-    return {"out": out, "ladj": ladj, "d_in": d_in} | {f"net {i}": d for i, d in enumerate(dnet)}
+    return run(given, inverse, ops=reference)
 
 
 @by_terms

@@ -61,12 +61,12 @@ def run(
     plain = plain and not (recompute or torch.compiler.is_compiling())
     known = plain and known_dependence(stairs, setting[1], affine)
     network, term = (op, x, weights, biases, stairs, setting), None
-    if isinstance(terms, ContextTerm):
-        if known and (outputs := _with_context(*network, terms)) is not None:
-            return outputs
-        term, terms = terms, terms.computed(setting[0], len(weights))
     if known and (outputs := _quickly(*network, terms)) is not None:
         return outputs  # most calls need nothing below
+    if isinstance(terms, ContextTerm):
+        term, terms = terms, terms.computed(setting[0], len(weights))
+        if known and (outputs := _quickly(*network, terms)) is not None:
+            return outputs
     weights = _tensors(op, "weights", weights)
     layers = len(weights)
     if not layers:
@@ -95,7 +95,7 @@ def run(
         )
     check_dependence(op, x.shape[-1], weights, stairs, setting[1], affine)
     if plain and not known:
-        if term is not None and (outputs := _with_context(*network, term)) is not None:
+        if term is not None and (outputs := _quickly(*network, term)) is not None:
             return outputs
         if (outputs := _quickly(*network, terms)) is not None:
             return outputs
@@ -126,28 +126,18 @@ def _quickly(
     biases: Sequence[Tensor | None] | None,
     stairs: Tensor,
     setting: tuple,
-    terms: Sequence[Tensor | None] | None,
+    terms: Sequence[Tensor | None] | ContextTerm | None,
 ) -> tuple[Tensor, ...] | None:
-    """The outputs by the autograd node, which makes its own checks; None if it declines."""
-    terms = () if terms is None else terms
+    """The outputs by the autograd node, which makes its own checks; None if it declines.
+
+    It computes a context's layer in the same op, and declines where there is no such op.
+    """
     biases = (None,) * len(weights) if biases is None else biases
-    return by_node(op, x, terms, weights, biases, stairs, setting)
-
-
-def _with_context(
-    op: str,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None] | None,
-    stairs: Tensor,
-    setting: tuple,
-    term: ContextTerm,
-) -> tuple[Tensor, ...] | None:
-    """Likewise, with the context's layer in the same op, where there is one."""
+    if not isinstance(terms, ContextTerm):
+        return by_node(op, x, () if terms is None else terms, weights, biases, stairs, setting)
     if op != "autoregressive":
         return None
-    biases = (None,) * len(weights) if biases is None else biases
-    return context.by_node(x, term, weights, biases, stairs, setting)
+    return context.by_node(x, terms, weights, biases, stairs, setting)
 
 
 def _tensors(
