@@ -54,8 +54,8 @@ void backward_level(const SortedLayer<T>& layer, Activation activation, bool lin
   const auto read_by = [&](int64_t j) { return layer.read_by(j); };
   if (live <= kNarrowRows) {
     before(0, layer.columns);
-    narrow_transposed(layer.weight, layer.rows, layer.columns, layer.prefix, layer.start, d_out, d,
-                      R, live);
+    narrow_transposed(layer.weight, layer.columns, {0, layer.rows}, {0, layer.columns},
+                      layer.prefix, layer.start, d_out, d, R, live);
     after(0, layer.columns);
   } else if (layer.packed.data)
     stair_product(layer.packed, d_out, d, R, vectors, layer.columns, read_by, before, after);
@@ -70,7 +70,8 @@ void backward_input(const SortedLayer<T>& layer, const T* d, const int32_t* posi
                     int64_t live, T* dx, T* d_in) {
   const int64_t vectors = (live + Vec<T>::lanes - 1) / Vec<T>::lanes, n = layer.columns;
   if (live <= kNarrowRows)
-    narrow_transposed(layer.weight, layer.rows, n, layer.prefix, layer.start, d, dx, R, live);
+    narrow_transposed(layer.weight, n, {0, layer.rows}, {0, n}, layer.prefix, layer.start, d, dx, R,
+                      live);
   else
     stair_product(layer.transposed(), d, dx, R, vectors, n,
                   [&](int64_t j) { return layer.read_by(j); });

@@ -1,6 +1,7 @@
 // Backward of the inverse: one sweep over the features in reverse. The cotangent of a feature is
 // complete when all later ones are done; it gives the cotangents of its outputs, they those of the
 // hidden units that became known before it.
+#include "../common/staircase_narrow.h"
 #include "autoregressive_outer.h"
 #include "autoregressive_scale.h"
 #include "autoregressive_sweep.h"
@@ -43,28 +44,36 @@ class ReverseTile {
     std::copy_n(static_cast<const T*>(args_.d_ladj) + first_, live_, dladj_);
     std::fill_n(cotangents_, schedule_.offset(hidden) * R_, T(0));
 
-    for (int64_t f0 = (D - 1) / schedule_.block * schedule_.block; f0 >= 0; f0 -= schedule_.block) {
-      const int64_t f1 = std::min(D, f0 + schedule_.block);
-      // A block of a single feature has nothing to share: its products end at the last unit.
-      const bool single = f1 - f0 == 1;
-      if (!single)
-        for (int64_t level = hidden; level >= 0; --level) gather(level, f0, f1);
-      const auto done = [&](int64_t level) {
-        return single ? net_.layers[level].rows : schedule_.known(level + 1, f1);
-      };
-      for (int64_t r = f1 - 1; r >= f0; --r) {
-        for (int64_t level = hidden; level >= 1; --level)
-          complete(level, schedule_.known(level, r), schedule_.known(level, r + 1), done(level));
-        add(0, r, r + 1, done(0));
-        solve(r);
-      }
-    }
+    const int64_t large = schedule_.large;
+    for (int64_t f0 = (D - 1) / large * large; f0 >= 0; f0 -= large)
+      sweep(f0, std::min(D, f0 + large));
     for (int64_t level = hidden; level >= 1; --level)
       complete(level, 0, schedule_.known(level, 0), net_.layers[level].rows);
     finish();
   }
 
  private:
+  // Features f0 .. f1 - 1, a large block.
+  void sweep(int64_t f0, int64_t f1) {
+    const int64_t hidden = net_.layer_count - 1, block = schedule_.block;
+    if (f1 < args_.features)
+      for (int64_t level = hidden; level >= 0; --level) gather(level, f0, f1, args_.features);
+    for (int64_t b0 = f0 + (f1 - 1 - f0) / block * block; b0 >= f0; b0 -= block) {
+      const int64_t b1 = std::min(f1, b0 + block);
+      // A block of a single feature has nothing to share: its products end with the large block.
+      const int64_t after = b1 - b0 == 1 ? f1 : b1;
+      if (after < f1)
+        for (int64_t level = hidden; level >= 0; --level) gather(level, b0, b1, f1);
+      const auto done = [&](int64_t level) { return schedule_.known(level + 1, after); };
+      for (int64_t r = b1 - 1; r >= b0; --r) {
+        for (int64_t level = hidden; level >= 1; --level)
+          complete(level, schedule_.known(level, r), schedule_.known(level, r + 1), done(level));
+        add(0, r, r + 1, done(0));
+        solve(r);
+      }
+    }
+  }
+
   const AutoregressiveArgs& args_;
   const Network<T>& net_;
   const Schedule<T>& schedule_;
@@ -85,12 +94,18 @@ class ReverseTile {
     return level == 0 ? dx_ : cotangents_ + schedule_.offset(level - 1) * R_;
   }
 
-  // dA of the units of a block of features [f0, f1), by what reads them after the block.
-  void gather(int64_t level, int64_t f0, int64_t f1) {
+  // dA of the units of a block of features [f0, f1), by what reads them after it and before feature
+  // `end`.
+  void gather(int64_t level, int64_t f0, int64_t f1, int64_t end) {
     const SortedLayer<T>& layer = net_.layers[level];
-    const int64_t first = schedule_.known(level, f0), done = schedule_.known(level + 1, f1);
-    product(level, first, schedule_.known(level, f1),
-            [&](int64_t j) { return Range{std::max<int64_t>(layer.start[j], done), layer.rows}; });
+    const Range above{schedule_.known(level + 1, f1), schedule_.known(level + 1, end)};
+    const Range below{schedule_.known(level, f0), schedule_.known(level, f1)};
+    if (live_ <= kNarrowRows)
+      return narrow_transposed(layer.weight, layer.columns, above, below, layer.prefix, layer.start,
+                               cotangent(level + 1), cotangent(level), R_, live_);
+    product(level, below.begin, below.end, [&](int64_t j) {
+      return Range{std::max<int64_t>(layer.start[j], above.begin), above.end};
+    });
   }
 
   // dA of units first .. last - 1, by what reads them before unit `end` of the level after.

@@ -42,12 +42,12 @@ struct TileGroup {
   T* all_cotangents;
   T* panels;
 
-  // How many rows to a group: they are in memory together, and sums run over multiples of
-  // kOuterRows. A matter of sizes only, so that sums do not depend on the threads.
-  static int64_t group_rows(const Network<T>& network, const TileShape& shape) {
-    const int64_t units = all_cotangent_units(network) + all_activation_units(network);
-    const int64_t fit = (int64_t(32) << 20) / (units * int64_t(sizeof(T)));
-    return std::min(shape.count * shape.rows, std::max<int64_t>(fit / kOuterRows, 1) * kOuterRows);
+  // How many rows to a group: a few tiles for every thread, which are still in the cache when the
+  // products are taken, and multiples of kOuterRows, so that sums do not depend on the threads.
+  static int64_t group_rows(const TileShape& shape) {
+    constexpr int64_t tiles_per_thread = 4;
+    const int64_t rows = tiles_per_thread * torch::stable::get_num_threads() * shape.rows;
+    return std::min(shape.count * shape.rows, round_up(rows, kOuterRows));
   }
   static int64_t panel_units(const Network<T>& network) {
     int64_t sum = 0;
@@ -93,12 +93,17 @@ void outer_rows(const MaskedLayer& to, const SortedLayer<T>& layer, const TileGr
               });
   T* dbias = static_cast<T*>(to.dbias);
   for (int64_t k = first; dbias && k < last; ++k) {
-    Vec<T> total(T(0));
-    const T* rows = d + k * group.R;
-    for (int64_t left = group.rows; left > 0; left -= group.R, rows += d_stride)
-      for (int64_t r = 0; r < std::min(left, group.R); r += Vec<T>::lanes)
-        total += load_up_to(rows + r, left - r);
-    dbias[to.order[k]] = (group.first ? T(0) : dbias[to.order[k]]) + sum(total);
+    T& at = dbias[to.order[k]];
+    if (group.first) at = T(0);
+    for (int64_t row = 0; row < group.rows; row += kOuterRows) {
+      Vec<T> total(T(0));
+      const T* rows = d + row / group.R * d_stride + k * group.R;
+      for (int64_t left = std::min(kOuterRows, group.rows - row); left > 0;
+           left -= group.R, rows += d_stride)
+        for (int64_t r = 0; r < std::min(left, group.R); r += Vec<T>::lanes)
+          total += load_up_to(rows + r, left - r);
+      at += sum(total);
+    }
   }
 }
 
@@ -106,7 +111,7 @@ void outer_rows(const MaskedLayer& to, const SortedLayer<T>& layer, const TileGr
 // runs over the batch depends on nothing but the batch.
 template <class T>
 void outer_products(const AutoregressiveArgs& args, const TileGroup<T>& group) {
-  constexpr int64_t block = 8 * kUnits;
+  constexpr int64_t block = 4 * kUnits;
   const Network<T>& network = group.network;
   const auto blocks_of = [](const SortedLayer<T>& layer) {
     return (layer.rows + block - 1) / block;
@@ -146,7 +151,7 @@ template <class T, class BackwardTile>
 void backward_tiles(const AutoregressiveArgs& args, const Network<T>& network,
                     const TileShape& shape, const BackwardTile& backward_tile) {
   const int64_t R = shape.rows, a_size = all_activation_units(network) * R;
-  const int64_t group_rows = TileGroup<T>::group_rows(network, shape);
+  const int64_t group_rows = TileGroup<T>::group_rows(shape);
   const int64_t d_size = all_cotangent_units(network) * group_rows;
   const int64_t panel_size = TileGroup<T>::panel_units(network) * group_rows;
   using S = Scratch<GroupScratch<T>>;

@@ -12,13 +12,15 @@ namespace fastflow {
 //
 // Features are taken in blocks, as in a blocked triangular solve: what the units of a block read of
 // everything before it is one product for all of them, and only what they read of the block itself
-// is left to its features, one by one. How the terms of a sum are grouped depends on the network
-// alone.
+// is left to its features, one by one. The reverse sweep, which reads columns of the weights, takes
+// its blocks from larger ones likewise: a product for them reads whole cache lines. How the terms
+// of a sum are grouped depends on the network alone.
 template <class T>
 class Schedule {
  public:
   int64_t features;  // D
   int64_t block;     // features in a block
+  int64_t large;     // features in a large block, a multiple of `block`
 
   explicit Schedule(const Network<T>& net)
       : features(net.layers[0].columns), memory_(bytes(net, features)) {
@@ -56,6 +58,7 @@ class Schedule {
     // About two dozen units of a level in a block: enough to share what is loaded for the product,
     // few enough that nearly all of the arithmetic is in the product.
     block = std::clamp<int64_t>(kBlockUnits * features / widest, 1, kMaxBlock);
+    large = std::max<int64_t>(kLargeUnits * features / widest / block, 1) * block;
   }
 
   int64_t known(int64_t level, int64_t r) const { return known_[level * (features + 1) + r]; }
@@ -63,7 +66,7 @@ class Schedule {
   int64_t offset(int64_t l) const { return offset_[l]; }
 
  private:
-  static constexpr int64_t kBlockUnits = 24, kMaxBlock = 32;
+  static constexpr int64_t kBlockUnits = 24, kMaxBlock = 32, kLargeUnits = 128;
   using Memory = Scratch<Schedule>;
   Memory memory_;
   int32_t* known_;  // (L + 2, D + 1)

@@ -1,7 +1,6 @@
 // Threads and scratch memory of the CPU kernels.
 #pragma once
 
-#include <pthread.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -10,15 +9,10 @@
 #include <cstdint>
 #include <new>
 
+#include "recycled.h"
 #include "vector.h"
 
 namespace fastflow {
-
-// True in a process that was forked without exec. An OpenMP runtime that has worked in the parent
-// has no threads left in the child and would wait for them forever (a data loader's workers are
-// such children), so kernels run serially there.
-inline bool in_forked_child = false;
-inline const int fork_handler = pthread_atfork(nullptr, nullptr, [] { in_forked_child = true; });
 
 // Roughly how many cycles are worth a thread, for choosing the grain of a loop.
 inline constexpr int64_t kThreadCycles = 20000;
@@ -46,22 +40,23 @@ void parallel_tasks(int64_t count, bool worth_threads, const F& f) {
   parallel_for(threads, 1, work);
 }
 
-// Uninitialised memory aligned to a cache line, kept by its thread from call to call unless it is
-// large. `Owner` separates the buffers of nested users: a thread that runs a call also runs tiles.
+// Uninitialised memory aligned to a cache line, kept by its thread from call to call, or by the
+// process if it is large. `Owner` separates the buffers of nested users: a thread that runs a call
+// also runs tiles.
 template <class Owner>
 class Scratch {
  public:
-  explicit Scratch(size_t bytes) {
-    Buffer& buffer = mine();
-    if (bytes > buffer.size) {
-      buffer.release();
-      buffer.data = static_cast<char*>(::operator new(bytes, std::align_val_t(kAlignment)));
-      buffer.size = bytes;
+  explicit Scratch(size_t bytes) : large_(bytes > kOfThread ? bytes : 0) {
+    if (large_) {
+      data_ = static_cast<char*>(Recycled::all().take(large_));
+    } else {
+      static thread_local Buffer buffer;
+      data_ = buffer.grown_to(bytes);
     }
-    next_ = buffer.data;
+    next_ = data_;
   }
   ~Scratch() {
-    if (mine().size > kKeep) mine().release();
+    if (large_) Recycled::all().give(data_, large_);
   }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
@@ -81,23 +76,33 @@ class Scratch {
 
  private:
   static constexpr size_t kAlignment = 64;
-  static constexpr size_t kKeep = size_t(4) << 20;
+  static constexpr size_t kOfThread = size_t(4) << 20;
 
-  struct Buffer {
-    char* data = nullptr;
-    size_t size = 0;
-    void release() {
-      ::operator delete(data, std::align_val_t(kAlignment));
-      data = nullptr;
-      size = 0;
+  class Buffer {
+   public:
+    char* grown_to(size_t bytes) {
+      if (bytes > size_) {
+        release();
+        data_ = static_cast<char*>(::operator new(bytes, std::align_val_t(kAlignment)));
+        size_ = bytes;
+      }
+      return data_;
     }
     ~Buffer() { release(); }
-  };
-  static Buffer& mine() {
-    static thread_local Buffer buffer;
-    return buffer;
-  }
 
+   private:
+    void release() {
+      ::operator delete(data_, std::align_val_t(kAlignment));
+      data_ = nullptr;
+      size_ = 0;
+    }
+
+    char* data_ = nullptr;
+    size_t size_ = 0;
+  };
+
+  size_t large_;  // its bytes, or 0 if it is the thread's
+  char* data_;
   char* next_;
 };
 

@@ -1,6 +1,7 @@
-// Memory of large results on the CPU, which is kept for the next call when they are gone. A call
-// that writes megabytes otherwise waits for the system to map and clear as many pages, as often as
-// the C library has returned them: that can take longer than the computation.
+// Large memory on the CPU, of results and of what kernels work in, which is kept for the next call
+// when they are gone. A call that writes megabytes otherwise waits for the system to map and clear
+// as many pages, as often as the C library has returned them: that can take longer than the
+// computation.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +15,7 @@
 #include <mutex>
 #include <new>
 
-#include "parallel.h"
+#include "forked.h"
 
 namespace fastflow {
 
@@ -49,9 +50,9 @@ class Recycled {
     return ::operator new(bytes, kAlignment);
   }
 
-  // Keeps the block; those that have waited longest make room for it.
+  // Keeps the block, if it is of a size to keep; those that have waited longest make room for it.
   void give(void* data, size_t bytes) {
-    if (in_forked_child) return release(data);
+    if (in_forked_child || !keeps(bytes)) return release(data);
     const std::lock_guard<std::mutex> lock(mutex_);
     for (; kept_ + bytes > limit_; free_.pop_front()) {
       kept_ -= free_.front().bytes;

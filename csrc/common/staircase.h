@@ -187,7 +187,7 @@ template <class T>
 inline constexpr int64_t kPanel = kVectors * Vec<T>::lanes;
 
 // Rows whose products are summed without a break: sums over more are sums of such sums.
-inline constexpr int64_t kOuterRows = 512;
+inline constexpr int64_t kOuterRows = 256;
 
 // The way from tiles to panels: panels[(j / kPanel) * panel_rows * kPanel + row * kPanel +
 // j % kPanel] = tile[j * rows + row] for j < count and row < live; `panels` is at the tile's first

@@ -115,24 +115,27 @@ void stair_product_rows(Strided<T> w, const T* a, T* c, int64_t rows, int64_t li
       live, [&](auto n) { narrow_product<decltype(n)::value>(w, a, c, rows, count, range); });
 }
 
-// narrow_product with the transpose of W (n, columns): what unit o < n of the level above adds to
-// the units below, of which it reads the first prefix[o]. start[j] is the first that reads j.
-template <int Rows, class T>
-void narrow_transposed_rows(const T* w, int64_t n, int64_t columns, const int32_t* prefix,
-                            const int32_t* start, const T* d, T* c, int64_t rows) {
-  constexpr int lanes = Vec<T>::lanes, vectors = 2;
-  for (int64_t j0 = 0; j0 < columns; j0 += vectors * lanes)
-    for (int64_t k0 = start[j0] / kSteps * kSteps; k0 < n; k0 += kSteps) {
-      Vec<T> sum[Rows][vectors];
+// narrow_product with the transpose of W, row by row as it lies: what the units `above`, each of
+// which reads the first prefix[o] units below, add to the units `below`. start[j] is the first unit
+// that reads j. Strips of Vectors vectors of units below are summed at a time.
+template <int Rows, int Vectors, class T>
+void narrow_transposed_rows(const T* w, int64_t columns, Range above, Range below,
+                            const int32_t* prefix, const int32_t* start, const T* d, T* c,
+                            int64_t rows) {
+  constexpr int lanes = Vec<T>::lanes;
+  for (int64_t j0 = below.begin; j0 < below.end; j0 += Vectors * lanes) {
+    const int64_t first = std::max<int64_t>(above.begin, start[j0]);
+    for (int64_t k0 = first / kSteps * kSteps; k0 < above.end; k0 += kSteps) {
+      Vec<T> sum[Rows][Vectors];
 #pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 2
-        for (int v = 0; v < vectors; ++v) sum[r][v] = Vec<T>(T(0));
-      for (int64_t o = std::max<int64_t>(k0, start[j0]); o < std::min(k0 + kSteps, n); ++o) {
+#pragma GCC unroll 8
+        for (int v = 0; v < Vectors; ++v) sum[r][v] = Vec<T>(T(0));
+      for (int64_t o = std::max(k0, first); o < std::min(k0 + kSteps, above.end); ++o) {
         const T* row = w + o * columns + j0;
-        const int64_t seen = prefix[o] - j0;
-#pragma GCC unroll 2
-        for (int v = 0; v < vectors; ++v) {
+        const int64_t seen = std::min<int64_t>(prefix[o], below.end) - j0;
+#pragma GCC unroll 8
+        for (int v = 0; v < Vectors; ++v) {
           const int64_t count = std::clamp<int64_t>(seen - v * lanes, 0, lanes);
           const Vec<T> weights = load_up_to(row + v * lanes, count);
           const Mask<T> mask = first_lanes<T>(int(count));
@@ -144,20 +147,25 @@ void narrow_transposed_rows(const T* w, int64_t n, int64_t columns, const int32_
         }
       }
       for (int r = 0; r < Rows; ++r)
-        for (int v = 0; v < vectors; ++v) {
+        for (int v = 0; v < Vectors; ++v) {
           T each[lanes];
           sum[r][v].store(each);
           const int64_t j = j0 + v * lanes;
-          for (int64_t i = 0; i < std::min<int64_t>(lanes, columns - j); ++i)
+          for (int64_t i = 0; i < std::min<int64_t>(lanes, below.end - j); ++i)
             c[(j + i) * rows + r] += each[i];
         }
     }
+  }
 }
 template <class T>
-void narrow_transposed(const T* w, int64_t n, int64_t columns, const int32_t* prefix,
+void narrow_transposed(const T* w, int64_t columns, Range above, Range below, const int32_t* prefix,
                        const int32_t* start, const T* d, T* c, int64_t rows, int64_t live) {
   with_constant<kNarrowRows>(live, [&](auto count) {
-    narrow_transposed_rows<decltype(count)::value>(w, n, columns, prefix, start, d, c, rows);
+    constexpr int n = decltype(count)::value;
+    const auto run = below.end - below.begin > 2 * Vec<T>::lanes
+                         ? narrow_transposed_rows<n, 8 / n, T>
+                         : narrow_transposed_rows<n, 2, T>;
+    run(w, columns, above, below, prefix, start, d, c, rows);
   });
 }
 
