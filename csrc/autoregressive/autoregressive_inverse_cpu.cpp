@@ -37,13 +37,18 @@ class InverseTile {
   void run() {
     const int64_t D = args_.features, hidden = net_.layer_count - 1;
     load_tile(static_cast<const T*>(args_.y) + first_ * D, D, live_, D, net_.position, x_, R_);
-    for (int64_t l = 0; l <= hidden; ++l) start(l);
+    for (int64_t l = 0; l <= hidden; ++l) load_term(net_.layers[l], pre(l));
     std::fill_n(ladj_, R_, T(0));
     std::fill_n(ladj_part_, R_, T(0));
 
-    for (int64_t l = 0; l < hidden; ++l) complete(l, 0, schedule_.known(l + 1, 0), 0);
+    for (int64_t l = 0; l < hidden; ++l) {
+      start(l, 0, schedule_.known(l + 1, 0));
+      complete(l, 0, schedule_.known(l + 1, 0), 0);
+    }
     for (int64_t f0 = 0; f0 < D; f0 += schedule_.block) {
       const int64_t f1 = std::min(D, f0 + schedule_.block);
+      for (int64_t l = 0; l <= hidden; ++l)
+        start(l, schedule_.known(l + 1, f0), schedule_.known(l + 1, f1));
       // A block of a single feature has nothing to share: its products begin at unit 0.
       const int64_t before = f1 - f0 == 1 ? -1 : f0;
       if (before >= 0)
@@ -86,14 +91,18 @@ class InverseTile {
     return net_.layers[l - 1].linear ? pre(l - 1) : activations(l - 1);
   }
 
-  // P = T + b
-  void start(int64_t l) {
-    const SortedLayer<T>& layer = net_.layers[l];
-    T* p = pre(l);
+  // P = T, if there is a T.
+  void load_term(const SortedLayer<T>& layer, T* p) {
     if (layer.term)
       load_tile(layer.term + first_ * layer.rows, layer.rows, live_, layer.rows, layer.position, p,
                 R_);
-    for (int64_t k = 0; k < layer.rows; ++k) {
+  }
+
+  // P = T + b for units first .. last - 1.
+  void start(int64_t l, int64_t first, int64_t last) {
+    const SortedLayer<T>& layer = net_.layers[l];
+    T* p = pre(l);
+    for (int64_t k = first; k < last; ++k) {
       const Vec<T> bias(layer.bias ? layer.bias[k] : T(0));
       for (int64_t v = 0; v < vectors_ * Vec<T>::lanes; v += Vec<T>::lanes)
         (layer.term ? Vec<T>::load(p + k * R_ + v) + bias : bias).store(p + k * R_ + v);

@@ -137,41 +137,49 @@ FASTFLOW_HD void with_constant(int64_t n, const F& f) {
 // short sums, whose cut does not depend on how units are blocked.
 inline constexpr int64_t kSteps = 256;
 
+// stair_product for the first Units units.
+template <int Units, class T, class RangeOf>
+void stair_units(const Strided<T>& w, const T* a, T* c, int64_t rows, int64_t vectors,
+                 const RangeOf& range) {
+  constexpr int lanes = Vec<T>::lanes;
+  Range ranges[Units];
+#pragma GCC unroll 8
+  for (int j = 0; j < Units; ++j) {
+    ranges[j] = range(j);
+    ranges[j].end = std::max(ranges[j].begin, ranges[j].end);
+  }
+  const int64_t last = ranges[Units - 1].end;
+  for (int64_t k0 = ranges[0].begin / kSteps * kSteps; k0 < last; k0 += kSteps) {
+    int64_t begin[Units], end[Units];
+#pragma GCC unroll 8
+    for (int j = 0; j < Units; ++j) {
+      begin[j] = std::clamp(ranges[j].begin, k0, k0 + kSteps);
+      end[j] = std::clamp(ranges[j].end, k0, k0 + kSteps);
+    }
+    const auto block = [&](auto width, int64_t v) {
+      stair_block<Units, width>(w, a + v * lanes, c + v * lanes, rows, begin, end);
+    };
+    int64_t v = 0;
+    for (; v + kVectors <= vectors; v += kVectors)
+      block(std::integral_constant<int, kVectors>{}, v);
+    for (; v + 2 <= vectors; v += 2) block(std::integral_constant<int, 2>{}, v);
+    if (v < vectors) block(std::integral_constant<int, 1>{}, v);
+  }
+}
+
 // c[j] += sum over k in range(j) of w(j, k) a[k] for units j < count, and the first `vectors`
 // vectors of the rows of the tile. Both ends of range(j) must not decrease with j. before(j, n) and
 // after(j, n) are called around the work on c[j] .. c[j + n - 1], which is then in the cache.
 template <class T, class Matrix, class RangeOf, class Before, class After>
 void stair_product(const Matrix& w, const T* a, T* c, int64_t rows, int64_t vectors, int64_t count,
                    const RangeOf& range, const Before& before, const After& after) {
-  constexpr int lanes = Vec<T>::lanes;
   for (int64_t j0 = 0; j0 < count; j0 += kUnits) {
     const int64_t units = std::min<int64_t>(kUnits, count - j0);
-    Range ranges[kUnits];
-    for (int64_t j = 0; j < units; ++j) {
-      ranges[j] = range(j0 + j);
-      ranges[j].end = std::max(ranges[j].begin, ranges[j].end);
-    }
     before(j0, units);
-    const Strided<T> block_w = w.from_unit(j0);
-    const int64_t last = ranges[units - 1].end;
-    for (int64_t k0 = ranges[0].begin / kSteps * kSteps; k0 < last; k0 += kSteps) {
-      int64_t begin[kUnits], end[kUnits];
-      for (int64_t j = 0; j < units; ++j) {
-        begin[j] = std::clamp(ranges[j].begin, k0, k0 + kSteps);
-        end[j] = std::clamp(ranges[j].end, k0, k0 + kSteps);
-      }
-      with_constant<kUnits>(units, [&](auto n) {
-        const auto block = [&](auto width, int64_t v) {
-          stair_block<n, width>(block_w, a + v * lanes, c + j0 * rows + v * lanes, rows, begin,
-                                end);
-        };
-        int64_t v = 0;
-        for (; v + kVectors <= vectors; v += kVectors)
-          block(std::integral_constant<int, kVectors>{}, v);
-        for (; v + 2 <= vectors; v += 2) block(std::integral_constant<int, 2>{}, v);
-        if (v < vectors) block(std::integral_constant<int, 1>{}, v);
-      });
-    }
+    with_constant<kUnits>(units, [&](auto n) {
+      stair_units<n>(w.from_unit(j0), a, c + j0 * rows, rows, vectors,
+                     [&](int64_t j) { return range(j0 + j); });
+    });
     after(j0, units);
   }
 }

@@ -115,6 +115,10 @@ void stair_product_rows(Strided<T> w, const T* a, T* c, int64_t rows, int64_t li
       live, [&](auto n) { narrow_product<decltype(n)::value>(w, a, c, rows, count, range); });
 }
 
+// How many rows of W ahead of their use memory is asked for them: they are pages apart, where no
+// processor foresees them.
+inline constexpr int64_t kAhead = 16;
+
 // narrow_product with the transpose of W, row by row as it lies: what the units `above`, each of
 // which reads the first prefix[o] units below, add to the units `below`. start[j] is the first unit
 // that reads j. Strips of Vectors vectors of units below are summed at a time.
@@ -134,6 +138,9 @@ void narrow_transposed_rows(const T* w, int64_t columns, Range above, Range belo
       for (int64_t o = std::max(k0, first); o < std::min(k0 + kSteps, above.end); ++o) {
         const T* row = w + o * columns + j0;
         const int64_t seen = std::min<int64_t>(prefix[o], below.end) - j0;
+        const T* ahead = w + std::min(o + kAhead, above.end - 1) * columns + j0;
+#pragma GCC unroll 8
+        for (int v = 0; v < Vectors; ++v) __builtin_prefetch(ahead + v * lanes);
 #pragma GCC unroll 8
         for (int v = 0; v < Vectors; ++v) {
           const int64_t count = std::clamp<int64_t>(seen - v * lanes, 0, lanes);
