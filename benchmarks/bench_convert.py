@@ -4,9 +4,9 @@ As for layers (bench_autoregressive.py): one benchmark is one contender in one d
 case, contenders take turns, and each answer is checked against the original in float64 first. Both
 have the same weights; a case has one library.
 
-density is log_prob with the gradients of all parameters, points and contexts; sample takes noise,
-the same for both, to samples, without gradients. Which of the two takes the original D passes
-through each of its networks depends on the library.
+density is log_prob with the gradients of all parameters, points and contexts, and training a whole
+step of Adam on it; sample takes noise, the same for both, to samples, without gradients. Which of
+density and sample takes the original D passes through each of its networks depends on the library.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -32,14 +33,14 @@ import fastflow
 from fastflow import backends
 
 OP = "convert"
-OUTPUTS = {"density": ("log_prob",), "sample": ("x",)}
+OUTPUTS = {"density": ("log_prob",), "training": ("log_prob",), "sample": ("x",)}
 BACKENDS = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
 
 pytestmark = MARKS
 
 
 class Case(NamedTuple):
-    """A flow of a library and the number of points; nflows and normflows have equal widths."""
+    """A flow of a library, and what to time; nflows and normflows have equal widths."""
 
     library: str
     B: int
@@ -48,6 +49,7 @@ class Case(NamedTuple):
     context: int = 0
     activation: str = "relu"
     transforms: int = 5
+    directions: tuple[str, ...] = ("density", "sample")
 
     def __str__(self) -> str:
         widths = "x".join(map(str, self.widths))
@@ -64,13 +66,14 @@ class Case(NamedTuple):
 
 
 SMOKE = [
-    Case("zuko", 20, 4, (16, 16), 3, transforms=2),
+    Case("zuko", 20, 4, (16, 16), 3, transforms=2, directions=tuple(OUTPUTS)),
     Case("nflows", 20, 4, (16, 16), 3, "tanh", transforms=2),
     Case("normflows", 20, 4, (16, 16, 16), transforms=2),
     Case("pyro", 20, 4, (16, 16), 3, transforms=2),
 ]
 SHORT = [
     Case("zuko", 256, 64, (512, 512)),
+    Case("zuko", 1024, 64, (512, 512), directions=("training",)),
     Case("zuko", 200, 6, (50, 50), 12),
     Case("nflows", 256, 64, (512, 512)),
     Case("nflows", 200, 6, (50, 50, 50), 12, "tanh"),  # what sbi trains by default
@@ -188,17 +191,34 @@ def absence(contender: str, case: Case) -> str | None:
 
 def chain(model: Model, direction: str, contender: str, inputs: list[Tensor]) -> Chain:
     """A copy of the flow, converted if the contender is fastflow's, in one direction."""
-    flow, call = copy.deepcopy(model.flow), getattr(model, direction)
+    flow = copy.deepcopy(model.flow)
+    call = model.sample if direction == "sample" else model.density
     leaves = [*(one.detach().clone().requires_grad_() for one in inputs), *flow.parameters()]
     if contender.startswith(LIBRARY):
         fastflow.convert(flow, strict=True)
     names = [f"d{name}" for name in ("x", "context")[: len(inputs)]]
     names += [f"d{name}" for name, _ in flow.named_parameters()]
-    made = Chain(lambda: (call(flow, *leaves[: len(inputs)]),), leaves, names=tuple(names))
+
+    def run() -> tuple[Tensor]:
+        return (call(flow, *leaves[: len(inputs)]),)
+
+    made = Chain(run, leaves, names=tuple(names), step=partial(training_step, run, flow))
     if not contender.startswith(LIBRARY):
         return made
     backend = contender.removeprefix(LIBRARY)
     return replace(made, context=lambda: fastflow.use_backend(backend))
+
+
+def training_step(run: Callable[[], tuple[Tensor]], flow: nn.Module) -> Callable[[object], None]:
+    """A step of Adam on the density, of a rate too small for the weights to go anywhere."""
+    optimiser = torch.optim.Adam(flow.parameters(), lr=1e-7)
+
+    def step(_: object) -> None:
+        optimiser.zero_grad()
+        (-run()[0].mean()).backward()
+        optimiser.step()
+
+    return step
 
 
 @contextmanager
@@ -254,7 +274,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     triples = [
         (case, direction, contender)
         for case in cases(settings.grid)
-        for direction in OUTPUTS
+        for direction in case.directions
         for contender in contenders(case, settings.device.type)
     ]
     parametrize(metafunc, triples)

@@ -41,11 +41,11 @@ SHOWN = {
         "number of undamped Newton steps.",
     ),
     "convert": Shown(
-        7,
-        ("density", "sample"),
+        8,
+        ("density", "training", "sample"),
         "convert. Flows of T layers of the library that the case names, after "
-        "fastflow.convert and before, with the same weights. Samples: from noise, without "
-        "gradients.",
+        "fastflow.convert and before, with the same weights. Density: with all gradients; "
+        "training: a whole step of Adam on it. Samples: from noise, without gradients.",
     ),
     "vae": Shown(
         3,
