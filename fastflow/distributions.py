@@ -176,6 +176,20 @@ class FlowDistribution(Distribution):
         """Whether the base distribution can be reparametrised."""
         return self.flow.base.has_rsample
 
+    @property
+    def mean(self) -> Tensor:
+        """Raises NotImplementedError: estimate it from samples."""
+        raise _no_closed_form("mean")
+
+    @property
+    def variance(self) -> Tensor:
+        """Raises NotImplementedError: estimate it from samples."""
+        raise _no_closed_form("variance")
+
+    def entropy(self) -> Tensor:
+        """Raises NotImplementedError: estimate it by -log_prob of samples."""
+        raise _no_closed_form("entropy")
+
     def expand(
         self, batch_shape: Sequence[int], _instance: FlowDistribution | None = None
     ) -> FlowDistribution:
@@ -245,6 +259,13 @@ class FlowDistribution(Distribution):
         if self.context is not None:
             yield self.context
         yield from tensors_of(self.flow)
+
+
+def _no_closed_form(what: str) -> NotImplementedError:
+    estimator = "the mean of -log_prob over samples" if what == "entropy" else "samples"
+    return NotImplementedError(
+        f"FlowDistribution: the {what} of a flow has no closed form; estimate it from {estimator}"
+    )
 
 
 def check_context(owner: str, bijection: Bijection, context: Tensor | None) -> None:

@@ -143,6 +143,14 @@ def test_any_base_and_what_it_cannot_do() -> None:
     assert box.distribution().log_prob(torch.full((2,), 0.5)) == 0
 
 
+@pytest.mark.parametrize("what", ["mean", "variance", "stddev", "entropy"])
+def test_what_has_no_closed_form(what: str) -> None:
+    law = Flow(PlanarFlow(2)).distribution()
+    name = what.replace("stddev", "variance")
+    with pytest.raises(NotImplementedError, match=f"the {name} of a flow .* from .*samples"):
+        getattr(law, what)() if what == "entropy" else getattr(law, what)
+
+
 def test_a_divergence_by_samples() -> None:
     """KL(N(0, 1) || N(1, 1)) is 1/2 a dimension; the mean of 20000 draws misses it by 0.012."""
     law = Flow(Permutation([1, 0])).distribution()

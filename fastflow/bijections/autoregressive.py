@@ -11,6 +11,8 @@ from fastflow.bijections.made import MADE
 from fastflow.functional.autoregressive import autoregressive, autoregressive_inverse
 from fastflow.scales import Scale, scale_map
 
+OWNER = "MaskedAffineAutoregressive"
+
 
 class MaskedAffineAutoregressive(Bijection):
     r"""Shifts and scales every feature by what a MADE makes of those before it.
@@ -62,7 +64,7 @@ class MaskedAffineAutoregressive(Bijection):
         adjacency: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.scale = scale_map("MaskedAffineAutoregressive", scale)
+        self.scale = scale_map(OWNER, scale)
         self.network = MADE(
             *(features, 2, hidden_features, context_features, activation, order, residual),
             adjacency=adjacency,
@@ -72,15 +74,15 @@ class MaskedAffineAutoregressive(Bijection):
         self.recompute = bool(recompute)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        check_features("MaskedAffineAutoregressive", "x", x, self.features)
-        network = self.network.network(context)
-        check_batches("MaskedAffineAutoregressive", "x", x, context)
+        check_features(OWNER, "x", x, self.features)
+        network = self.network.network(context, OWNER)
+        check_batches(OWNER, "x", x, context)
         return autoregressive(x, **network, scale=self.scale, recompute=self.recompute)
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        check_features("MaskedAffineAutoregressive", "y", y, self.features)
-        network = self.network.network(context)
-        check_batches("MaskedAffineAutoregressive", "y", y, context)
+        check_features(OWNER, "y", y, self.features)
+        network = self.network.network(context, OWNER)
+        check_batches(OWNER, "y", y, context)
         return autoregressive_inverse(y, **network, scale=self.scale, recompute=self.recompute)
 
     def extra_repr(self) -> str:

@@ -129,22 +129,25 @@ class MADE(Arranged):
         outputs = made(x, **network)
         return outputs.unflatten(-1, (self.features, self.params_per_feature))
 
-    def network(self, context: Tensor | None) -> dict[str, Any]:
-        """The network at a context, as the arguments of `fastflow.functional.made` after x."""
+    def network(self, context: Tensor | None, owner: str = "MADE") -> dict[str, Any]:
+        """The network at a context, as the arguments of `fastflow.functional.made` after x.
+
+        `owner` is who was given the context, for the errors.
+        """
         # not by attribute: in a small model, modules' __getattr__ takes longer than the network
         layers = [*self._modules["layers"]._modules.values()]
         weights = tensors(layers, "weight")
         terms, context_layer = None, self._modules.get("context_layer")
         if context_layer is None:
-            refuse_context("MADE", context)
+            refuse_context(owner, context)
         else:
             if not isinstance(context, Tensor):
                 got = "None" if context is None else f"a {type(context).__name__}"
                 raise TypeError(
-                    f"MADE: context is {got}, must be a tensor (*batch, {self.context_features})"
+                    f"{owner}: context is {got}, must be a tensor (*batch, {self.context_features})"
                 )
-            check_features("MADE", "context", context, self.context_features)
-            check_type("MADE", "context", context, weights[0])
+            check_features(owner, "context", context, self.context_features)
+            check_type(owner, "context", context, weights[0])
             if plain_linear(context_layer):
                 terms = ContextTerm.of(context_layer, context)
             else:
