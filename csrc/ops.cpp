@@ -37,8 +37,8 @@ STABLE_TORCH_LIBRARY(fastflow, m) {
       "Tensor stairs, int activation, bool residual, int scale, float c0, float c1, "
       "int terms_grad, int biases_given, bool x_grad, bool param_grads) "
       "-> (Tensor dx, Tensor[] dterms, Tensor[] dweights, Tensor[] dbiases)");
-  // The same with what a context adds to the first level, V c + v or act(V c + v), computed inside;
-  // on CPUs only, where small calls gain by it.
+  // With what a context adds to the first level, V c + v or act(V c + v), computed inside; on CPUs
+  // only, where small calls gain by it. So below, for the inverse.
   m.def(
       "autoregressive_context_forward(Tensor x, Tensor context, Tensor context_weight, "
       "Tensor? context_bias, bool context_activated, Tensor[] weights, Tensor[] biases, "
@@ -60,6 +60,18 @@ STABLE_TORCH_LIBRARY(fastflow, m) {
       "Tensor[] weights, Tensor stairs, int activation, bool residual, int scale, float c0, "
       "float c1, int terms_grad, int biases_given, bool y_grad, bool param_grads) "
       "-> (Tensor dy, Tensor[] dterms, Tensor[] dweights, Tensor[] dbiases)");
+  m.def(
+      "autoregressive_context_inverse(Tensor y, Tensor context, Tensor context_weight, "
+      "Tensor? context_bias, bool context_activated, Tensor[] weights, Tensor[] biases, "
+      "Tensor stairs, int activation, bool residual, int scale, float c0, float c1, bool save) "
+      "-> (Tensor x, Tensor ladj, Tensor saved)");
+  m.def(
+      "autoregressive_context_inverse_backward(Tensor dx, Tensor dladj, Tensor x, Tensor context, "
+      "Tensor saved, Tensor context_weight, bool context_bias_given, bool context_activated, "
+      "Tensor[] weights, Tensor stairs, int activation, bool residual, int scale, float c0, "
+      "float c1, int biases_given, bool y_grad, bool context_grad, bool param_grads) "
+      "-> (Tensor dy, Tensor dcontext, Tensor dcontext_weight, Tensor dcontext_bias, "
+      "Tensor[] dweights, Tensor[] dbiases)");
 
   // net as `Network.tensors` of fastflow/reference/pcp_potential.py lays it out: matrices, and
   // terms (n,) or (B, n), which may be columns of a larger tensor. saved is what the backward of

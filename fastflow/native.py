@@ -280,6 +280,8 @@ FAKES: dict[str, Callable[..., tuple]] = {
     "autoregressive_context_backward": _context_gradients,
     "autoregressive_inverse": _autoregressive_outputs,
     "autoregressive_inverse_backward": _autoregressive_gradients,
+    "autoregressive_context_inverse": _context_outputs,
+    "autoregressive_context_inverse_backward": _context_gradients,
     "pcp_forward": _pcp_outputs,
     "pcp_backward": _pcp_gradients,
     "pcp_inverse": _pcp_outputs,
@@ -302,7 +304,7 @@ def _refuse_derivatives(
     ]
     wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     if wanted or forward_mode_active(*tensors):
-        function = op.removesuffix("_forward").removesuffix("_backward").removesuffix("_context")
+        function = op.removesuffix("_forward").removesuffix("_backward").replace("_context", "")
         raise RuntimeError(
             f"torch.ops.fastflow.{op} has no derivative of its own: call "
             f"fastflow.{LAYERS.get(function, f'functional.{function}')} instead, or detach the "

@@ -16,7 +16,7 @@ from masked_networks import ACTIVATIONS
 from torch import Tensor, nn
 
 import fastflow
-from fastflow import backends, native
+from fastflow import backends, functional, native
 from fastflow.autograd import node
 from fastflow.autograd.context import ContextTerm, plain_linear
 
@@ -35,9 +35,9 @@ ROWS = [1, 4, 5, 17, 64, 200]
 
 
 class Case:
-    """A network, its points and a context of C features; float64."""
+    """A network, its points x, of either side, and a context of C features; float64."""
 
-    def __init__(self, name: str, rows: int, bias: bool = True, C: int = 13) -> None:
+    def __init__(self, name: str, rows: int, inverse: bool, bias: bool = True, C: int = 13) -> None:
         self.network = net = masked_networks.network(rows=rows, **NETWORKS[name])
         generator = torch.Generator().manual_seed(rows)
         units = len(net.weights[0])
@@ -47,6 +47,9 @@ class Case:
             value = torch.randn(shape, generator=generator, dtype=torch.float64)
             setattr(self, key, 0.4 * value if key == "weight" else value)
         self.bias = self.bias if bias else None
+        self.inverse = False
+        if inverse:  # of any point features may be huge
+            self.x, self.inverse = self.run(activated=False)["y"], True
 
     def to(self, dtype: torch.dtype) -> Case:
         other = copy.copy(self)
@@ -61,16 +64,24 @@ class Case:
             setattr(other, key, getattr(self, key)[which].contiguous())
         return other
 
+    def ops(self, stem: str) -> tuple[Callable, Callable]:
+        """The passes of this direction; `stem` is how their names begin."""
+        names = ("inverse", "inverse_backward") if self.inverse else ("forward", "backward")
+        return tuple(getattr(OPS, stem + name) for name in names)
+
+    def input(self, y: Tensor) -> Tensor:
+        """What the network was applied to, given the outputs."""
+        return y if self.inverse else self.x
+
     def run(self, activated: bool, wanted: tuple[bool, bool, bool] = (True,) * 3) -> dict:
         """All that the two ops return, without `saved`; wanted: of x, context and parameters."""
         net = self.network
         layers = (net.weights, net.biases, net.stairs, *net.flags())
         term = (self.weight, self.bias, activated)
-        y, ladj, saved = OPS.autoregressive_context_forward(
-            *(self.x, self.context, *term, *layers, True)
-        )
-        grads = OPS.autoregressive_context_backward(
-            *(self.dy, self.dladj, self.x, self.context, saved, self.weight),
+        forward, backward = self.ops("autoregressive_context_")
+        y, ladj, saved = forward(self.x, self.context, *term, *layers, True)
+        grads = backward(
+            *(self.dy, self.dladj, self.input(y), self.context, saved, self.weight),
             *(self.bias is not None, activated, net.weights, net.stairs, *net.flags()),
             *(net.layers(net.biases), *wanted),
         )
@@ -87,17 +98,23 @@ class Case:
         if activated:
             term = masked_networks.activate(term, net.activation)
         terms = [term.detach(), *[self.x.new_empty(0)] * (len(net.weights) - 1)]
-        y, ladj, saved = OPS.autoregressive_forward(
+        forward, backward = self.ops("autoregressive_")
+        y, ladj, saved = forward(
             *(self.x, terms, net.weights, net.biases, net.stairs, *net.flags(), True)
         )
-        dx, dterms, weights, biases = OPS.autoregressive_backward(
-            *(self.dy, self.dladj, self.x, saved, net.weights, net.stairs, *net.flags()),
+        dx, dterms, weights, biases = backward(
+            *(self.dy, self.dladj, self.input(y), saved, net.weights, net.stairs, *net.flags()),
             *(1, net.layers(net.biases), True, True),
         )
         dcontext, dweight, *dbias = torch.autograd.grad(term, leaves, dterms[0])
         found = {"y": y, "ladj": ladj, "dx": dx, "dcontext": dcontext, "dweight": dweight}
         none = self.x.new_empty(0)
         return found | {"dbias": (*dbias, none)[0], "weights": weights, "biases": biases}
+
+
+@pytest.fixture(params=[False, True], ids=["forward", "inverse"])
+def inverse(request: pytest.FixtureRequest) -> bool:
+    return request.param
 
 
 @pytest.fixture(params=[True, False], ids=["activated", "linear"])
@@ -112,16 +129,16 @@ def flat(values: dict) -> Iterator[tuple[str, Tensor]]:
 
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_it_is_the_layer_and_the_op(name: str, rows: int, activated: bool) -> None:
-    case = Case(name, rows, bias=rows % 2 == 0)
+def test_it_is_the_layer_and_the_op(name: str, rows: int, inverse: bool, activated: bool) -> None:
+    case = Case(name, rows, inverse, bias=rows % 2 == 0)
     found, want = case.run(activated), case.apart(activated)
     for (key, one), (_, other) in zip(flat(found), flat(want), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12, msg=lambda m: f"{key}: {m}")  # noqa: B023
 
 
 @pytest.mark.parametrize("kind", range(len(ACTIVATIONS)))
-def test_every_activation_of_the_term(kind: int) -> None:
-    case = Case("shuffled", 33)
+def test_every_activation_of_the_term(kind: int, inverse: bool) -> None:
+    case = Case("shuffled", 33, inverse)
     case.network = masked_networks.replace(case.network, activation=kind)
     found, want = case.run(True), case.apart(True)
     for (_, one), (_, other) in zip(flat(found), flat(want), strict=True):
@@ -129,8 +146,8 @@ def test_every_activation_of_the_term(kind: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["sbi", "shuffled"])
-def test_a_row_is_bitwise_the_same_in_any_batch(name: str, activated: bool) -> None:
-    case = Case(name, 200).to(torch.float32)
+def test_a_row_is_bitwise_the_same_in_any_batch(name: str, inverse: bool, activated: bool) -> None:
+    case = Case(name, 200, inverse).to(torch.float32)
     whole = case.run(activated)
     for begin, end in [(0, 1), (199, 200), (7, 10), (16, 49), (31, 131)]:
         part = case.rows(slice(begin, end)).run(activated)
@@ -138,8 +155,8 @@ def test_a_row_is_bitwise_the_same_in_any_batch(name: str, activated: bool) -> N
             assert torch.equal(part[key], whole[key][begin:end]), key
 
 
-def test_threads_change_no_bit(activated: bool) -> None:
-    case, threads = Case("sbi", 200).to(torch.float32), torch.get_num_threads()
+def test_threads_change_no_bit(inverse: bool, activated: bool) -> None:
+    case, threads = Case("sbi", 200, inverse).to(torch.float32), torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         alone = case.run(activated)
@@ -152,8 +169,10 @@ def test_threads_change_no_bit(activated: bool) -> None:
 
 
 @pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False,) * 3])
-def test_what_is_not_wanted_is_left_out(wanted: tuple[bool, bool, bool], activated: bool) -> None:
-    case = Case("sbi", 40)
+def test_what_is_not_wanted_is_left_out(
+    wanted: tuple[bool, bool, bool], inverse: bool, activated: bool
+) -> None:
+    case = Case("sbi", 40, inverse)
     whole, part = case.run(activated), case.run(activated, wanted)
     for key, want in zip(("dx", "dcontext"), wanted):
         assert torch.equal(part[key], whole[key] if want else part[key].new_empty(0))
@@ -174,18 +193,25 @@ def layer_and_inputs(rows: int = 5) -> tuple[fastflow.MaskedAffineAutoregressive
 
 
 def inside(output: Tensor) -> bool:
-    return output.grad_fn.name() == "fastflow::autoregressive_context_backward"
+    return output.grad_fn.name().startswith("fastflow::autoregressive_context_")
 
 
-def test_layers_take_it() -> None:
+def test_layers_take_it(inverse: bool) -> None:
     layer, x, context = layer_and_inputs()
+    run = layer.inverse if inverse else layer
     for _ in range(2):  # the first call looks at the stairs
-        assert all(map(inside, layer(x, context)))
+        assert all(map(inside, run(x, context)))
     with fastflow.use_backend("cpp"):
-        assert inside(layer(x, context)[0])
+        assert inside(run(x, context)[0])
     with fastflow.use_backend("reference"):
-        assert not inside(layer(x, context)[0])
-    assert not inside(layer(x, context[0])[0])  # it broadcasts
+        assert not inside(run(x, context)[0])
+    assert not inside(run(x, context[0])[0])  # it broadcasts
+
+
+def test_a_network_without_affine_step_calls_the_layer() -> None:
+    layer, x, context = layer_and_inputs()
+    layer.network(x, context)  # the first call looks at the stairs
+    assert not inside(layer.network(x, context))
 
 
 @pytest.mark.parametrize(
@@ -232,10 +258,10 @@ def test_the_context_layer_is_computed_once(
         layer(x, context)
         layer(x, context[:1])  # which broadcasts
         layer.inverse(x, context)
-    assert len(calls) == (2 if backend is None else 3)
+    assert len(calls) == (1 if backend is None else 3)
 
 
-def test_derivatives_of_derivatives(activated: bool) -> None:
+def test_derivatives_of_derivatives(inverse: bool, activated: bool) -> None:
     layer, x, context = layer_and_inputs(rows=2)
     held = layer.network.network(context)
     term = held["terms"]._replace(activated=activated)
@@ -243,7 +269,8 @@ def test_derivatives_of_derivatives(activated: bool) -> None:
 
     def run(x: Tensor, context: Tensor, weight: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         own = ContextTerm(context, weight, None, term.activated)
-        return fastflow.functional.autoregressive(x, weights, *shared, own, activation="tanh")
+        own_op = functional.autoregressive_inverse if inverse else functional.autoregressive
+        return own_op(x, weights, *shared, own, activation="tanh")
 
     inputs = (x, context, term.weight, *held["weights"])
     assert inside(run(*inputs)[0])
@@ -251,8 +278,8 @@ def test_derivatives_of_derivatives(activated: bool) -> None:
     assert torch.autograd.gradgradcheck(run, inputs)
 
 
-def test_wrong_calls_are_refused() -> None:
-    case = Case("sbi", 5)
+def test_wrong_calls_are_refused(inverse: bool) -> None:
+    case = Case("sbi", 5, inverse)
     for key, bad, message in (
         ("context", case.context[:4], "the context has the wrong shape"),
         ("weight", case.weight[:-1], "the context's weight has the wrong shape"),
@@ -267,4 +294,5 @@ def test_wrong_calls_are_refused() -> None:
 
 
 def test_no_other_backend_has_it() -> None:
-    assert backends.available("cpu", "autoregressive_context_forward") == ["cpp"]
+    for direction in ("forward", "inverse"):
+        assert backends.available("cpu", f"autoregressive_context_{direction}") == ["cpp"]

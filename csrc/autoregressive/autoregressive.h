@@ -58,7 +58,7 @@ struct AutoregressiveArgs {
   int64_t features;     // D
   int64_t layer_count;  // L + 1
   const MaskedLayer* layers;
-  const ContextLayer* context;  // null: none. Parallel direction on CPUs only
+  const ContextLayer* context;  // null: none. On CPUs only
   Activation activation;
   bool residual;
   bool affine;  // false: made, which has no scale map, ladj or inverse

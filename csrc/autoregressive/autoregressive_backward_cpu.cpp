@@ -1,16 +1,13 @@
 // Backward of the parallel direction: cotangents tile by tile, then the parameters' gradients.
-#include "../common/staircase_narrow.h"
+#include "autoregressive_layer.h"
 #include "autoregressive_outer.h"
 #include "autoregressive_scale.h"
-#include "autoregressive_units.h"
 
 namespace fastflow {
 namespace {
 
 template <class T>
 struct TileScratch;
-template <class T>
-struct ContextScratch;
 
 // From dy (in `dx`, sorted) and dladj: the cotangents of the outputs, and what reaches x directly.
 template <class T>
@@ -61,44 +58,6 @@ void backward_level(const SortedLayer<T>& layer, Activation activation, bool lin
     stair_product(layer.packed, d_out, d, R, vectors, layer.columns, read_by, before, after);
   else
     stair_product(layer.transposed(), d_out, d, R, vectors, layer.columns, read_by, before, after);
-}
-
-// dX in `dx`, which has what reaches the level directly, from dP of the level that the first layer
-// or the context's makes, and its rows of the batch.
-template <class T>
-void backward_input(const SortedLayer<T>& layer, const T* d, const int32_t* position, int64_t R,
-                    int64_t live, T* dx, T* d_in) {
-  const int64_t vectors = (live + Vec<T>::lanes - 1) / Vec<T>::lanes, n = layer.columns;
-  if (live <= kNarrowRows)
-    narrow_transposed(layer.weight, n, {0, layer.rows}, {0, n}, layer.prefix, layer.start, d, dx, R,
-                      live);
-  else
-    stair_product(layer.transposed(), d, dx, R, vectors, n,
-                  [&](int64_t j) { return layer.read_by(j); });
-  store_tile(dx, R, position, live, n, d_in, n);
-}
-
-// The context's part: its values in `a`, the cotangent of its pre-activations in `d` unless that is
-// dP_1, and its gradient.
-template <class T>
-void backward_context(const AutoregressiveArgs& args, const SortedLayer<T>& layer,
-                      const TileShape& shape, int64_t tile, const T* d_first, T* d, T* a) {
-  using S = Scratch<ContextScratch<T>>;
-  const ContextLayer& context = *args.context;
-  const int64_t R = shape.rows, C = layer.columns, live = shape.live_rows(tile);
-  const int32_t* position = context.layer.column_order;  // the identity
-  load_tile(static_cast<const T*>(context.values) + tile * R * C, C, live, C, position, a, R);
-  if (!layer.linear) {
-    const T* saved = static_cast<const T*>(args.saved) + tile * R * shape.total;
-    slope_units(args.activation, saved, d_first, layer.rows, R, shape.live_vectors<T>(tile), d);
-    d_first = d;
-  }
-  if (!context.d_values) return;
-  S scratch(S::template bytes<T>(C * R));
-  T* dc = scratch.template take<T>(C * R);
-  std::fill_n(dc, C * R, T(0));
-  backward_input(layer, d_first, position, R, live, dc,
-                 static_cast<T*>(context.d_values) + tile * R * C);
 }
 
 // Fills the tile's cotangents dP_1 .. dP_{L+1} and activations A_0 .. A_L, and writes what has

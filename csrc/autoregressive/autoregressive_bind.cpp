@@ -145,25 +145,29 @@ Gradients autoregressive_gradients(Tensor d_out, Tensor dladj, Tensor x, Tensor 
 }
 
 #ifndef FASTFLOW_CUDA
-std::tuple<Tensor, Tensor, Tensor> with_context(Tensor x, Tensor context, Tensor context_weight,
+template <MaskedPass pass>
+std::tuple<Tensor, Tensor, Tensor> with_context(Tensor in, Tensor context, Tensor context_weight,
                                                 std::optional<Tensor> context_bias,
                                                 bool context_activated, Tensors weights,
                                                 Tensors biases, Tensor stairs, int64_t activation,
                                                 bool residual, int64_t scale, double c0, double c1,
                                                 bool save) {
-  Call call(x, weights, stairs, activation, residual);
+  Call call(in, weights, stairs, activation, residual);
   call.set_scale(scale, c0, c1);
-  call.set_parameters(x, {}, biases);
-  call.set_context(x, context, context_weight, context_activated);
+  call.set_parameters(in, {}, biases);
+  call.set_context(in, context, context_weight, context_activated);
   if (context_bias) {
-    check_like(*context_bias, "the context's bias", x, {call.layers[0].rows});
+    check_like(*context_bias, "the context's bias", in, {call.layers[0].rows});
     call.context.layer.bias = context_bias->data_ptr();
   }
-  return run(call, MaskedPass::forward, x, save);
+  check(pass != MaskedPass::inverse || call.autoregressive(),
+        "stairs: an output sees its own feature or a later one");
+  return run(call, pass, in, save);
 }
 
+template <MaskedPass pass>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensors, Tensors> with_context_gradients(
-    Tensor dy, Tensor dladj, Tensor x, Tensor context, Tensor saved, Tensor context_weight,
+    Tensor d_out, Tensor dladj, Tensor x, Tensor context, Tensor saved, Tensor context_weight,
     bool context_bias_given, bool context_activated, Tensors weights, Tensor stairs,
     int64_t activation, bool residual, int64_t scale, double c0, double c1, int64_t biases_given,
     bool x_grad, bool context_grad, bool param_grads) {
@@ -178,8 +182,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensors, Tensors> with_context_gradie
   call.context.d_values = context_grad ? dcontext.data_ptr() : nullptr;
   layer.dweight = param_grads ? dweight.data_ptr() : nullptr;
   layer.dbias = bias ? dbias.data_ptr() : nullptr;
-  auto [dx, no_terms, dweights, dbiases] = run_backward(
-      call, MaskedPass::backward, dy, &dladj, x, saved, 0, biases_given, x_grad, param_grads);
+  auto [dx, no_terms, dweights, dbiases] =
+      run_backward(call, pass, d_out, &dladj, x, saved, 0, biases_given, x_grad, param_grads);
   return {std::move(dx),    std::move(dcontext), std::move(dweight),
           std::move(dbias), std::move(dweights), std::move(dbiases)};
 }
@@ -203,7 +207,12 @@ STABLE_TORCH_LIBRARY_IMPL(fastflow, CUDA, m) { fastflow::register_masked(m); }
 #else
 STABLE_TORCH_LIBRARY_IMPL(fastflow, CPU, m) {
   fastflow::register_masked(m);
-  m.impl("autoregressive_context_forward", TORCH_BOX(&fastflow::with_context));
-  m.impl("autoregressive_context_backward", TORCH_BOX(&fastflow::with_context_gradients));
+  using fastflow::MaskedPass;
+  m.impl("autoregressive_context_forward", TORCH_BOX(&fastflow::with_context<MaskedPass::forward>));
+  m.impl("autoregressive_context_backward",
+         TORCH_BOX(&fastflow::with_context_gradients<MaskedPass::backward>));
+  m.impl("autoregressive_context_inverse", TORCH_BOX(&fastflow::with_context<MaskedPass::inverse>));
+  m.impl("autoregressive_context_inverse_backward",
+         TORCH_BOX(&fastflow::with_context_gradients<MaskedPass::inverse_backward>));
 }
 #endif

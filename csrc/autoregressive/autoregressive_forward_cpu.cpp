@@ -1,57 +1,12 @@
 // The network of a tile of rows, and the scale map behind it: the parallel direction.
-#include "../common/staircase_narrow.h"
-#include "autoregressive_network.h"
+#include "autoregressive_layer.h"
 #include "autoregressive_scale.h"
-#include "autoregressive_units.h"
 
 namespace fastflow {
 namespace {
 
 template <class T>
 struct ForwardScratch;
-
-// P = b + T [+ the level before the last] for some units of a tile; T is in P. Null pointers: what
-// is missing.
-template <class T>
-void start_units(const T* bias, bool term, const T* skipped, int64_t units, int64_t R,
-                 int64_t vectors, T* p) {
-  constexpr int lanes = Vec<T>::lanes;
-  for (int64_t j = 0; j < units; ++j) {
-    const Vec<T> b(bias ? bias[j] : T(0));
-    for (int64_t r = j * R; r < j * R + vectors * lanes; r += lanes) {
-      Vec<T> sum = b;
-      if (term) sum += Vec<T>::load(p + r);
-      if (skipped) sum += Vec<T>::load(skipped + r);
-      sum.store(p + r);
-    }
-  }
-}
-
-// P = b + T [+ the level before the last] + W A, then A_next = act(P), block of units by block.
-template <class T>
-void forward_layer(const SortedLayer<T>& layer, Activation activation, const T* a, const T* skipped,
-                   const TileShape& shape, int64_t tile, T* p, T* a_next) {
-  const int64_t R = shape.rows, vectors = shape.live_vectors<T>(tile);
-  if (layer.term)
-    load_tile(layer.term + tile * R * layer.rows, layer.rows, shape.live_rows(tile), layer.rows,
-              layer.position, p, R);
-  const auto before = [&](int64_t j0, int64_t units) {
-    prefetch(p + (j0 + units) * R, std::min<int64_t>(kUnits, layer.rows - j0 - units) * R);
-    start_units(layer.bias ? layer.bias + j0 : nullptr, layer.term || layer.started,
-                layer.skip ? skipped + j0 * R : nullptr, units, R, vectors, p + j0 * R);
-  };
-  const auto after = [&](int64_t j0, int64_t units) {
-    if (!layer.linear) activate_units(activation, p + j0 * R, units, R, vectors, a_next + j0 * R);
-  };
-  const auto reads = [&](int64_t j) { return layer.reads(j); };
-  if (shape.live_rows(tile) > kNarrowRows) {
-    stair_product(layer.forward(), a, p, R, vectors, layer.rows, reads, before, after);
-  } else {
-    before(0, layer.rows);
-    stair_product_rows(layer.forward(), a, p, R, shape.live_rows(tile), layer.rows, reads);
-    after(0, layer.rows);
-  }
-}
 
 // y in place of x (both sorted) and ladj, from the outputs of the network.
 template <class T>
@@ -99,12 +54,9 @@ void forward_tile(const AutoregressiveArgs& args, const Network<T>& network, con
   const T* in = x;
   const T *before_last = nullptr, *last = nullptr;
   T* p = levels + args.context_units() * R;
-  if (const SortedLayer<T>* layer = network.context) {
-    T* context = scratch.template take<T>(layer->columns * R);
-    load_tile(static_cast<const T*>(args.context->values) + tile * R * layer->columns,
-              layer->columns, live, layer->columns, args.context->layer.column_order, context, R);
-    forward_layer<T>(*layer, args.activation, context, nullptr, shape, tile, levels, p);
-  }
+  if (network.context)
+    forward_context(args, *network.context, shape, tile, levels, p,
+                    scratch.template take<T>(network.context->columns * R));
   for (int64_t l = 0; l < network.layer_count; ++l) {
     const SortedLayer<T>& layer = network.layers[l];
     if (l + 1 == network.layer_count) p = outputs;

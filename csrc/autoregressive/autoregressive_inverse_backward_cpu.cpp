@@ -1,11 +1,10 @@
 // Backward of the inverse: one sweep over the features in reverse. The cotangent of a feature is
 // complete when all later ones are done; it gives the cotangents of its outputs, they those of the
 // hidden units that became known before it.
-#include "../common/staircase_narrow.h"
+#include "autoregressive_layer.h"
 #include "autoregressive_outer.h"
 #include "autoregressive_scale.h"
 #include "autoregressive_sweep.h"
-#include "autoregressive_units.h"
 
 namespace fastflow {
 namespace {
@@ -23,11 +22,13 @@ class ReverseTile {
       : args_(args),
         net_(net),
         schedule_(schedule),
+        shape_(shape),
+        tile_(tile),
         R_(shape.rows),
         first_(tile * shape.rows),
         live_(shape.live_rows(tile)),
         vectors_(shape.live_vectors<T>(tile)),
-        pre_(static_cast<const T*>(args.saved) + first_ * shape.total),
+        pre_(static_cast<const T*>(args.saved) + first_ * shape.total + args.context_units() * R_),
         cotangents_(cotangents),
         activations_(activations),
         memory_(bytes(args, shape)) {
@@ -77,7 +78,8 @@ class ReverseTile {
   const AutoregressiveArgs& args_;
   const Network<T>& net_;
   const Schedule<T>& schedule_;
-  const int64_t R_, first_, live_, vectors_;
+  const TileShape& shape_;
+  const int64_t tile_, R_, first_, live_, vectors_;
   const T* pre_;
   T* cotangents_;
   T* activations_;
@@ -171,6 +173,10 @@ class ReverseTile {
     const int64_t D = args_.features;
     if (args_.d_in)
       store_tile(dx_, R_, net_.position, live_, D, static_cast<T*>(args_.d_in) + first_ * D, D);
+    if (net_.context)
+      backward_context(args_, *net_.context, shape_, tile_, cotangents_,
+                       cotangents_ + cotangent_units(net_) * R_,
+                       activations_ + activation_units(net_) * R_);
     for (int64_t l = 0; l < net_.layer_count; ++l) {
       const int64_t n = net_.layers[l].rows;
       if (T* dterm = static_cast<T*>(args_.layers[l].dterm))

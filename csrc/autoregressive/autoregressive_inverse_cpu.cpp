@@ -1,9 +1,8 @@
 // The inverse of an affine autoregressive map in one sweep over its features. The arithmetic is
 // that of one pass of the network, not of D passes.
-#include "../common/staircase_narrow.h"
+#include "autoregressive_layer.h"
 #include "autoregressive_scale.h"
 #include "autoregressive_sweep.h"
-#include "autoregressive_units.h"
 
 namespace fastflow {
 namespace {
@@ -20,14 +19,17 @@ class InverseTile {
       : args_(args),
         net_(net),
         schedule_(schedule),
+        shape_(shape),
+        tile_(tile),
         R_(shape.rows),
         first_(tile * shape.rows),
         live_(shape.live_rows(tile)),
         vectors_(shape.live_vectors<T>(tile)),
         total_(shape.total),
-        memory_(bytes(args, shape)) {
-    pre_ = args.saved ? static_cast<T*>(args.saved) + tile * R_ * total_
-                      : memory_.template take<T>(R_ * total_);
+        memory_(bytes(args, net, shape)) {
+    levels_ = args.saved ? static_cast<T*>(args.saved) + tile * R_ * total_
+                         : memory_.template take<T>(R_ * total_);
+    pre_ = levels_ + args.context_units() * R_;
     x_ = memory_.template take<T>(R_ * args.features);
     act_ = memory_.template take<T>(R_ * total_);
     ladj_ = memory_.template take<T>(R_);
@@ -38,6 +40,9 @@ class InverseTile {
     const int64_t D = args_.features, hidden = net_.layer_count - 1;
     load_tile(static_cast<const T*>(args_.y) + first_ * D, D, live_, D, net_.position, x_, R_);
     for (int64_t l = 0; l <= hidden; ++l) load_term(net_.layers[l], pre(l));
+    if (net_.context)
+      forward_context(args_, *net_.context, shape_, tile_, levels_, pre_,
+                      memory_.template take<T>(R_ * net_.context->columns));
     std::fill_n(ladj_, R_, T(0));
     std::fill_n(ladj_part_, R_, T(0));
 
@@ -70,17 +75,21 @@ class InverseTile {
   const AutoregressiveArgs& args_;
   const Network<T>& net_;
   const Schedule<T>& schedule_;
-  const int64_t R_, first_, live_, vectors_, total_;
+  const TileShape& shape_;
+  const int64_t tile_, R_, first_, live_, vectors_, total_;
   Scratch<InverseScratch<T>> memory_;
-  T* pre_;   // (total, R): pre-activations P_1 .. P_L and outputs O
-  T* x_;     // (D, R): y, overwritten feature by feature
-  T* act_;   // (total, R): activations
-  T* ladj_;  // (R)
+  T* levels_;  // (total, R), as in `saved`
+  T* pre_;     // of these, pre-activations P_1 .. P_L and outputs O
+  T* x_;       // (D, R): y, overwritten feature by feature
+  T* act_;     // (total, R): activations
+  T* ladj_;    // (R)
   T* ladj_part_;
 
-  static size_t bytes(const AutoregressiveArgs& args, const TileShape& shape) {
+  static size_t bytes(const AutoregressiveArgs& args, const Network<T>& net,
+                      const TileShape& shape) {
     using S = Scratch<InverseScratch<T>>;
     return (args.saved ? 1 : 2) * S::template bytes<T>(shape.rows * shape.total) +
+           (net.context ? S::template bytes<T>(shape.rows * net.context->columns) : 0) +
            S::template bytes<T>(shape.rows * args.features) + 2 * S::template bytes<T>(shape.rows);
   }
 
@@ -101,12 +110,8 @@ class InverseTile {
   // P = T + b for units first .. last - 1.
   void start(int64_t l, int64_t first, int64_t last) {
     const SortedLayer<T>& layer = net_.layers[l];
-    T* p = pre(l);
-    for (int64_t k = first; k < last; ++k) {
-      const Vec<T> bias(layer.bias ? layer.bias[k] : T(0));
-      for (int64_t v = 0; v < vectors_ * Vec<T>::lanes; v += Vec<T>::lanes)
-        (layer.term ? Vec<T>::load(p + k * R_ + v) + bias : bias).store(p + k * R_ + v);
-    }
+    start_units<T>(layer.bias ? layer.bias + first : nullptr, layer.term || layer.started, nullptr,
+                   last - first, R_, vectors_, pre(l) + first * R_);
   }
 
   // P += W A for the units of the block of features [f0, f1) and all that was known before it.
@@ -175,7 +180,7 @@ class InverseTile {
     close_ladj();
     store_tile(x_, R_, net_.position, live_, D, static_cast<T*>(args_.x) + first_ * D, D);
     std::copy_n(ladj_, live_, static_cast<T*>(args_.ladj) + first_);
-    if (args_.saved) clear_unused(pre_, total_, R_, vectors_ * Vec<T>::lanes);
+    if (args_.saved) clear_unused(levels_, total_, R_, vectors_ * Vec<T>::lanes);
   }
 };
 

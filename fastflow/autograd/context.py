@@ -1,13 +1,14 @@
 """The affine autoregressive layer with its context layer inside, by the autograd node alone.
 
 In small networks a linear layer of its own costs as much as a layer of the network: three products
-with a call each, and nodes in the graph. `autoregressive_context_forward` computes it tile by tile
-with the rest. CPUs only; whatever the node declines goes by way of `ContextTerm.computed`.
+with a call each, and nodes in the graph. The ops here compute it tile by tile with the rest. CPUs
+only; whatever the node declines goes by way of `ContextTerm.computed`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,27 @@ except ImportError:  # a private name: without it every layer is called
         return True
 
 
-FORWARD, BACKWARD = "autoregressive_context_forward", "autoregressive_context_backward"
+class Op(NamedTuple):
+    """The names of an op's two passes, and the op without a context in plain PyTorch."""
+
+    forward: str
+    backward: str
+    reference: Callable[..., tuple[Tensor, ...]]
+
+
+OPS = {
+    "autoregressive": Op(
+        "autoregressive_context_forward",
+        "autoregressive_context_backward",
+        autoregressive.autoregressive_forward,
+    ),
+    "autoregressive_inverse": Op(
+        "autoregressive_context_inverse",
+        "autoregressive_context_inverse_backward",
+        autoregressive.autoregressive_inverse,
+    ),
+}
+"""By the name of the op without a context."""
 
 
 class ContextTerm(NamedTuple):
@@ -79,6 +100,7 @@ def plain_linear(layer: nn.Module) -> bool:
 
 
 def by_node(
+    name: str,
     x: Tensor,
     term: ContextTerm,
     weights: Sequence[Tensor],
@@ -86,21 +108,25 @@ def by_node(
     stairs: Tensor,
     setting: tuple,
 ) -> tuple[Tensor, ...] | None:
-    """y and ladj of the parallel direction; None if the node declines, or other backends shall.
+    """The outputs of one of `OPS`; None if the node declines, or other backends shall.
 
     Autocast rounds the context's layer, in both directions alike, so it must be seen.
     """
-    if not node.enabled or backends.current() not in (None, "cpp"):
+    if name not in OPS or not node.enabled or backends.current() not in (None, "cpp"):
         return None
     if torch.is_autocast_enabled("cpu"):
         return None
     if not (isinstance(x, Tensor) and x.is_cpu) or torch.compiler.is_compiling():
         return None
-    return _op(x, *term, weights, biases, stairs, *setting, True)
+    return _calls[name](x, *term, weights, biases, stairs, *setting, True)
 
 
 def _gradients(
-    arguments: tuple, outputs: tuple, cotangents: tuple[Tensor, ...], wanted: Sequence[bool]
+    arguments: tuple,
+    outputs: tuple,
+    cotangents: tuple[Tensor, ...],
+    wanted: Sequence[bool],
+    reference: Callable[..., tuple[Tensor, ...]],
 ) -> list[Tensor | None]:
     """By PyTorch's own derivatives of the reference, as a graph where that is asked for."""
     differentiable = torch.is_grad_enabled()
@@ -117,7 +143,7 @@ def _gradients(
         x, *term, weights, biases, stairs, activation, residual, scale, c0, c1, _ = aliases
         first, *_ = ContextTerm(*term).computed(activation, len(weights))
         terms = [first, *[x.new_empty(0)] * (len(weights) - 1)]
-        *found, _ = autoregressive.autoregressive_forward(
+        *found, _ = reference(
             *(x, terms, weights, biases, stairs, activation, residual, scale, c0, c1, False)
         )
         tensors = [
@@ -131,4 +157,10 @@ def _gradients(
     return [next(grads) if want else None for want in wanted]
 
 
-_op = node.define(FORWARD, BACKWARD, "Bn BC HC * * [nn'] [n]? * * * * * * *", _gradients)
+_calls = {
+    name: node.define(
+        *(op.forward, op.backward, "Bn BC HC * * [nn'] [n]? * * * * * * *"),
+        partial(_gradients, reference=op.reference),
+    )
+    for name, op in OPS.items()
+}

@@ -135,9 +135,7 @@ def _quickly(
     biases = (None,) * len(weights) if biases is None else biases
     if not isinstance(terms, ContextTerm):
         return by_node(op, x, () if terms is None else terms, weights, biases, stairs, setting)
-    if op != "autoregressive":
-        return None
-    return context.by_node(x, terms, weights, biases, stairs, setting)
+    return context.by_node(op, x, terms, weights, biases, stairs, setting)
 
 
 def _tensors(
