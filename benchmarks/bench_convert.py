@@ -4,9 +4,10 @@ As for layers (bench_autoregressive.py): one benchmark is one contender in one d
 case, contenders take turns, and each answer is checked against the original in float64 first. Both
 have the same weights; a case has one library.
 
-density is log_prob with the gradients of all parameters, points and contexts, and training a whole
-step of Adam on it; sample takes noise, the same for both, to samples, without gradients. Which of
-density and sample takes the original D passes through each of its networks depends on the library.
+density is log_prob with the gradients of all parameters, points and contexts; training is a whole
+step of Adam on it, which needs those of the parameters only; sample takes noise, the same for both,
+to samples, without gradients. Which of density and sample takes the original D passes through each
+of its networks depends on the library.
 """
 
 from __future__ import annotations
@@ -193,16 +194,18 @@ def chain(model: Model, direction: str, contender: str, inputs: list[Tensor]) ->
     """A copy of the flow, converted if the contender is fastflow's, in one direction."""
     flow = copy.deepcopy(model.flow)
     call = model.sample if direction == "sample" else model.density
-    leaves = [*(one.detach().clone().requires_grad_() for one in inputs), *flow.parameters()]
+    points = [one.detach().clone().requires_grad_(direction != "training") for one in inputs]
+    named = {"x": points[0], "context": points[-1]} if len(points) > 1 else {"x": points[0]}
+    leaves = {f"d{name}": one for name, one in named.items() if one.requires_grad}
+    leaves |= {f"d{name}": one for name, one in flow.named_parameters()}
     if contender.startswith(LIBRARY):
         fastflow.convert(flow, strict=True)
-    names = [f"d{name}" for name in ("x", "context")[: len(inputs)]]
-    names += [f"d{name}" for name, _ in flow.named_parameters()]
 
     def run() -> tuple[Tensor]:
-        return (call(flow, *leaves[: len(inputs)]),)
+        return (call(flow, *points),)
 
-    made = Chain(run, leaves, names=tuple(names), step=partial(training_step, run, flow))
+    step = partial(training_step, run, flow) if direction == "training" else None
+    made = Chain(run, [*leaves.values()], names=tuple(leaves), step=step)
     if not contender.startswith(LIBRARY):
         return made
     backend = contender.removeprefix(LIBRARY)
@@ -210,7 +213,8 @@ def chain(model: Model, direction: str, contender: str, inputs: list[Tensor]) ->
 
 
 def training_step(run: Callable[[], tuple[Tensor]], flow: nn.Module) -> Callable[[object], None]:
-    """A step of Adam on the density, of a rate too small for the weights to go anywhere."""
+    """Makes a step of Adam on the mean of -log_prob; its rate is too small for the weights to go
+    anywhere in thousands of steps on the same points."""
     optimiser = torch.optim.Adam(flow.parameters(), lr=1e-7)
 
     def step(_: object) -> None:

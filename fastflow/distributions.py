@@ -179,16 +179,16 @@ class FlowDistribution(Distribution):
     @property
     def mean(self) -> Tensor:
         """Raises NotImplementedError: estimate it from samples."""
-        raise _no_closed_form("mean")
+        raise self._no_closed_form("mean", "samples")
 
     @property
     def variance(self) -> Tensor:
         """Raises NotImplementedError: estimate it from samples."""
-        raise _no_closed_form("variance")
+        raise self._no_closed_form("variance", "samples")
 
     def entropy(self) -> Tensor:
         """Raises NotImplementedError: estimate it by -log_prob of samples."""
-        raise _no_closed_form("entropy")
+        raise self._no_closed_form("entropy", "the mean of -log_prob over samples")
 
     def expand(
         self, batch_shape: Sequence[int], _instance: FlowDistribution | None = None
@@ -254,18 +254,17 @@ class FlowDistribution(Distribution):
         self._draw.keep(self._inputs(x), (z, ladj))
         return x, z, ladj
 
+    def _no_closed_form(self, what: str, estimator: str) -> NotImplementedError:
+        return NotImplementedError(
+            f"{type(self).__name__}: the {what} of a flow has no closed form; estimate it from "
+            f"{estimator}"
+        )
+
     def _inputs(self, x: Tensor) -> Iterator[Tensor]:
         yield x
         if self.context is not None:
             yield self.context
         yield from tensors_of(self.flow)
-
-
-def _no_closed_form(what: str) -> NotImplementedError:
-    estimator = "the mean of -log_prob over samples" if what == "entropy" else "samples"
-    return NotImplementedError(
-        f"FlowDistribution: the {what} of a flow has no closed form; estimate it from {estimator}"
-    )
 
 
 def check_context(owner: str, bijection: Bijection, context: Tensor | None) -> None:

@@ -145,7 +145,7 @@ def test_bad_arguments() -> None:
         MAF(3, order="natural")
     with pytest.raises(ValueError, match=r"x has shape \(2, 4\), must be \(..., 3\)"):
         MaskedAffineAutoregressive(3)(torch.zeros(2, 4))
-    with pytest.raises(TypeError, match="context is None, must be a tensor"):
+    with pytest.raises(TypeError, match="MaskedAffineAutoregressive: context is None, must"):
         MaskedAffineAutoregressive(3, context_features=2)(torch.zeros(2, 3))
     with pytest.raises(ValueError, match="last of weights has 4 outputs, must have two for each"):
         given = problem(2, 3, (), per_feature=1)

@@ -294,7 +294,8 @@ def test_reprs_name_what_matters() -> None:
         (
             lambda: fastflow.IAF(2, context_features=3).double()(torch.zeros(2), torch.zeros(3)),
             TypeError,
-            "MaskedAffineAutoregressive: context is torch.float32, must be torch.float64",
+            "MaskedAffineAutoregressive: context is torch.float32, must be torch.float64 as the "
+            "parameters are",
         ),
         (
             lambda: ConditionalPlanarFlow(2, 3)(torch.zeros(2), torch.zeros(3).double()),

@@ -37,6 +37,9 @@ SMALL = {
     "shuffled": {"features": 9, "hidden": (31, 17), "shuffled": True, "terms": 0b010},
     "ragged": {"features": 21, "hidden": (40, 23), "ragged": True, "lowest": 0},
     "both": {"features": 18, "hidden": (64, 9, 30), "ragged": True, "shuffled": True},
+    # with large blocks, of a single feature and of several
+    "many_blocks": {"features": 30, "hidden": (400, 300), "ragged": True},
+    "residual_blocks": {"features": 48, "hidden": (150,) * 3, "residual": True},
     "residual": {"features": 6, "hidden": (24,) * 5, "residual": True, "lowest": 0},
     "residual_one": {"features": 5, "hidden": (12,), "residual": True},
     "residual_shuffled": {

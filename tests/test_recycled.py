@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -141,7 +142,8 @@ def test_a_result_can_be_shared_and_stored(tmp_path: Path) -> None:
 # In a process of its own: the C library keeps memory too if other blocks happen to lie behind it.
 FAULTS = """
 import resource, torch, fastflow
-layer = fastflow.MaskedAffineAutoregressive(64, (512, 512))
+torch.set_num_threads(2)
+layer = fastflow.MaskedAffineAutoregressive(64, (1024, 1024))
 x = torch.randn(1024, 64)
 def differentiate():
     y, ladj = layer(x)
@@ -156,7 +158,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def test_what_kernels_work_in_is_kept() -> None:
-    """A backward pass of megabytes asks the system for no page once it has run before."""
-    command = [sys.executable, "-c", FAULTS]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-    assert int(done.stdout) < 100  # of some 2000
+    """A backward pass that works in megabytes asks the system for hardly a page once it has run."""
+    environment = {name: value for name, value in os.environ.items() if name != "FASTFLOW_KEEP_MIB"}
+    run = partial(subprocess.run, capture_output=True, text=True, check=True, timeout=60)
+    done = run([sys.executable, "-c", FAULTS], env=environment)
+    assert int(done.stdout) < 300  # in five passes; of some 5000 where nothing is kept

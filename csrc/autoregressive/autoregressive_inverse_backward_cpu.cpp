@@ -54,27 +54,6 @@ class ReverseTile {
   }
 
  private:
-  // Features f0 .. f1 - 1, a large block.
-  void sweep(int64_t f0, int64_t f1) {
-    const int64_t hidden = net_.layer_count - 1, block = schedule_.block;
-    if (f1 < args_.features)
-      for (int64_t level = hidden; level >= 0; --level) gather(level, f0, f1, args_.features);
-    for (int64_t b0 = f0 + (f1 - 1 - f0) / block * block; b0 >= f0; b0 -= block) {
-      const int64_t b1 = std::min(f1, b0 + block);
-      // A block of a single feature has nothing to share: its products end with the large block.
-      const int64_t after = b1 - b0 == 1 ? f1 : b1;
-      if (after < f1)
-        for (int64_t level = hidden; level >= 0; --level) gather(level, b0, b1, f1);
-      const auto done = [&](int64_t level) { return schedule_.known(level + 1, after); };
-      for (int64_t r = b1 - 1; r >= b0; --r) {
-        for (int64_t level = hidden; level >= 1; --level)
-          complete(level, schedule_.known(level, r), schedule_.known(level, r + 1), done(level));
-        add(0, r, r + 1, done(0));
-        solve(r);
-      }
-    }
-  }
-
   const AutoregressiveArgs& args_;
   const Network<T>& net_;
   const Schedule<T>& schedule_;
@@ -96,18 +75,40 @@ class ReverseTile {
     return level == 0 ? dx_ : cotangents_ + schedule_.offset(level - 1) * R_;
   }
 
-  // dA of the units of a block of features [f0, f1), by what reads them after it and before feature
-  // `end`.
-  void gather(int64_t level, int64_t f0, int64_t f1, int64_t end) {
-    const SortedLayer<T>& layer = net_.layers[level];
-    const Range above{schedule_.known(level + 1, f1), schedule_.known(level + 1, end)};
-    const Range below{schedule_.known(level, f0), schedule_.known(level, f1)};
-    if (live_ <= kNarrowRows)
-      return narrow_transposed(layer.weight, layer.columns, above, below, layer.prefix, layer.start,
-                               cotangent(level + 1), cotangent(level), R_, live_);
-    product(level, below.begin, below.end, [&](int64_t j) {
-      return Range{std::max<int64_t>(layer.start[j], above.begin), above.end};
-    });
+  // Features f0 .. f1 - 1, a large block.
+  void sweep(int64_t f0, int64_t f1) {
+    const int64_t hidden = net_.layer_count - 1, block = schedule_.block;
+    gather(f0, f1, args_.features);
+    for (int64_t b0 = f0 + (f1 - 1 - f0) / block * block; b0 >= f0; b0 -= block) {
+      const int64_t b1 = std::min(f1, b0 + block);
+      // A block of a single feature has nothing to share: its products end with the large block.
+      const int64_t end = b1 - b0 == 1 ? f1 : b1;
+      gather(b0, end, f1);
+      const auto done = [&](int64_t level) { return schedule_.known(level + 1, end); };
+      for (int64_t r = b1 - 1; r >= b0; --r) {
+        for (int64_t level = hidden; level >= 1; --level)
+          complete(level, schedule_.known(level, r), schedule_.known(level, r + 1), done(level));
+        add(0, r, r + 1, done(0));
+        solve(r);
+      }
+    }
+  }
+
+  // dA of the units that features f0 .. f1 - 1 determine, by those readers that features f1 .. end
+  // - 1 determine.
+  void gather(int64_t f0, int64_t f1, int64_t end) {
+    for (int64_t level = net_.layer_count - 1; f1 < end && level >= 0; --level) {
+      const SortedLayer<T>& layer = net_.layers[level];
+      const Range above{schedule_.known(level + 1, f1), schedule_.known(level + 1, end)};
+      const Range below{schedule_.known(level, f0), schedule_.known(level, f1)};
+      if (live_ <= kNarrowRows)
+        narrow_transposed(layer.weight, layer.columns, above, below, layer.prefix, layer.start,
+                          cotangent(level + 1), cotangent(level), R_, live_);
+      else
+        product(level, below.begin, below.end, [&](int64_t j) {
+          return Range{std::max<int64_t>(layer.start[j], above.begin), above.end};
+        });
+    }
   }
 
   // dA of units first .. last - 1, by what reads them before unit `end` of the level after.

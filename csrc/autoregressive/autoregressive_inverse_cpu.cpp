@@ -39,7 +39,7 @@ class InverseTile {
   void run() {
     const int64_t D = args_.features, hidden = net_.layer_count - 1;
     load_tile(static_cast<const T*>(args_.y) + first_ * D, D, live_, D, net_.position, x_, R_);
-    for (int64_t l = 0; l <= hidden; ++l) load_term(net_.layers[l], pre(l));
+    for (int64_t l = 0; l <= hidden; ++l) load_term(l);
     if (net_.context)
       forward_context(args_, *net_.context, shape_, tile_, levels_, pre_,
                       memory_.template take<T>(R_ * net_.context->columns));
@@ -52,6 +52,7 @@ class InverseTile {
     }
     for (int64_t f0 = 0; f0 < D; f0 += schedule_.block) {
       const int64_t f1 = std::min(D, f0 + schedule_.block);
+      // begun here, not all at once: the cache holds them when the products are added
       for (int64_t l = 0; l <= hidden; ++l)
         start(l, schedule_.known(l + 1, f0), schedule_.known(l + 1, f1));
       // A block of a single feature has nothing to share: its products begin at unit 0.
@@ -101,13 +102,14 @@ class InverseTile {
   }
 
   // P = T, if there is a T.
-  void load_term(const SortedLayer<T>& layer, T* p) {
+  void load_term(int64_t l) {
+    const SortedLayer<T>& layer = net_.layers[l];
     if (layer.term)
-      load_tile(layer.term + first_ * layer.rows, layer.rows, live_, layer.rows, layer.position, p,
-                R_);
+      load_tile(layer.term + first_ * layer.rows, layer.rows, live_, layer.rows, layer.position,
+                pre(l), R_);
   }
 
-  // P = T + b for units first .. last - 1.
+  // P += b, or P = b where there is no T, for units first .. last - 1.
   void start(int64_t l, int64_t first, int64_t last) {
     const SortedLayer<T>& layer = net_.layers[l];
     start_units<T>(layer.bias ? layer.bias + first : nullptr, layer.term || layer.started, nullptr,

@@ -38,16 +38,21 @@ struct TileGroup {
   int64_t R;
   int64_t capacity;  // rows of the batch that it has room for
   int64_t rows;      // and that it holds
-  bool first;        // of the batch: its sums are stored, those of later groups added
+  bool first;        // of the batch: its sums begin at zero
   T* all_cotangents;
   T* panels;
 
-  // How many rows to a group: a few tiles for every thread, which are still in the cache when the
-  // products are taken, and multiples of kOuterRows, so that sums do not depend on the threads.
-  static int64_t group_rows(const TileShape& shape) {
-    constexpr int64_t tiles_per_thread = 4;
+  // How many rows to a group: a few tiles for every thread, of which the cache still holds much
+  // when the products are taken, within a bound on all of them together. Sums run over multiples of
+  // kOuterRows, whatever the group.
+  static int64_t group_rows(const Network<T>& network, const TileShape& shape) {
+    static_assert(kOuterRows % kMostTileRows == 0);
+    constexpr int64_t tiles_per_thread = 4, most_bytes = int64_t(32) << 20;
+    const int64_t units = all_cotangent_units(network) + all_activation_units(network);
     const int64_t rows = tiles_per_thread * torch::stable::get_num_threads() * shape.rows;
-    return std::min(shape.count * shape.rows, round_up(rows, kOuterRows));
+    const int64_t fit = most_bytes / (units * int64_t(sizeof(T)));
+    const int64_t pieces = std::max<int64_t>(std::min(rows, fit) / kOuterRows, 1);
+    return std::min(shape.count * shape.rows, pieces * kOuterRows);
   }
   static int64_t panel_units(const Network<T>& network) {
     int64_t sum = 0;
@@ -151,7 +156,7 @@ template <class T, class BackwardTile>
 void backward_tiles(const AutoregressiveArgs& args, const Network<T>& network,
                     const TileShape& shape, const BackwardTile& backward_tile) {
   const int64_t R = shape.rows, a_size = all_activation_units(network) * R;
-  const int64_t group_rows = TileGroup<T>::group_rows(shape);
+  const int64_t group_rows = TileGroup<T>::group_rows(network, shape);
   const int64_t d_size = all_cotangent_units(network) * group_rows;
   const int64_t panel_size = TileGroup<T>::panel_units(network) * group_rows;
   using S = Scratch<GroupScratch<T>>;

@@ -12,9 +12,9 @@ namespace fastflow {
 //
 // Features are taken in blocks, as in a blocked triangular solve: what the units of a block read of
 // everything before it is one product for all of them, and only what they read of the block itself
-// is left to its features, one by one. The reverse sweep, which reads columns of the weights, takes
-// its blocks from larger ones likewise: a product for them reads whole cache lines. How the terms
-// of a sum are grouped depends on the network alone.
+// is left to its features, one by one. The reverse sweep takes its blocks from larger ones in the
+// same way: it reads a piece of each row of the weights, and only a large block's piece is worth
+// going to that row for. How the terms of a sum are grouped depends on the network alone.
 template <class T>
 class Schedule {
  public:

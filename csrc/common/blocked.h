@@ -36,7 +36,7 @@ constexpr int64_t padded_stride(int64_t n) {
   return (round_up(n, line) / line | 1) * line;
 }
 
-// The first n elements (any n >= 1) of memory as a vector, zeros beyond.
+// The first n elements (any n >= 0) of memory as a vector, zeros beyond.
 template <class T>
 FASTFLOW_HD Vec<T> load_up_to(const T* p, int64_t n) {
   return n >= Vec<T>::lanes ? Vec<T>::load(p) : load_partial(p, int(n));

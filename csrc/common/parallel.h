@@ -40,15 +40,15 @@ void parallel_tasks(int64_t count, bool worth_threads, const F& f) {
   parallel_for(threads, 1, work);
 }
 
-// Uninitialised memory aligned to a cache line, kept by its thread from call to call, or by the
-// process if it is large. `Owner` separates the buffers of nested users: a thread that runs a call
-// also runs tiles.
+// Uninitialised memory aligned to a cache line, kept by its thread from call to call; if it is
+// large, as recycled.h says. `Owner` separates the buffers of nested users: a thread that runs a
+// call also runs tiles.
 template <class Owner>
 class Scratch {
  public:
-  explicit Scratch(size_t bytes) : large_(bytes > kOfThread ? bytes : 0) {
-    if (large_) {
-      data_ = static_cast<char*>(Recycled::all().take(large_));
+  explicit Scratch(size_t bytes) : recycled_bytes_(bytes > kMostThreadBytes ? bytes : 0) {
+    if (recycled_bytes_) {
+      data_ = static_cast<char*>(Recycled::all().take(bytes));
     } else {
       static thread_local Buffer buffer;
       data_ = buffer.grown_to(bytes);
@@ -56,7 +56,7 @@ class Scratch {
     next_ = data_;
   }
   ~Scratch() {
-    if (large_) Recycled::all().give(data_, large_);
+    if (recycled_bytes_) Recycled::all().give(data_, recycled_bytes_);
   }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
@@ -75,15 +75,15 @@ class Scratch {
   }
 
  private:
-  static constexpr size_t kAlignment = 64;
-  static constexpr size_t kOfThread = size_t(4) << 20;
+  static constexpr size_t kAlignment = size_t(Recycled::kAlignment);
+  static constexpr size_t kMostThreadBytes = size_t(4) << 20;
 
   class Buffer {
    public:
     char* grown_to(size_t bytes) {
       if (bytes > size_) {
         release();
-        data_ = static_cast<char*>(::operator new(bytes, std::align_val_t(kAlignment)));
+        data_ = static_cast<char*>(::operator new(bytes, Recycled::kAlignment));
         size_ = bytes;
       }
       return data_;
@@ -92,7 +92,7 @@ class Scratch {
 
    private:
     void release() {
-      ::operator delete(data_, std::align_val_t(kAlignment));
+      ::operator delete(data_, Recycled::kAlignment);
       data_ = nullptr;
       size_ = 0;
     }
@@ -101,7 +101,7 @@ class Scratch {
     size_t size_ = 0;
   };
 
-  size_t large_;  // its bytes, or 0 if it is the thread's
+  size_t recycled_bytes_;  // 0: it is the thread's
   char* data_;
   char* next_;
 };

@@ -1,5 +1,5 @@
-// Large memory on the CPU, of results and of what kernels work in, which is kept for the next call
-// when they are gone. A call that writes megabytes otherwise waits for the system to map and clear
+// Large memory on the CPU, for results and for kernels to work in. When its user is gone it is kept
+// for the next call: a call that writes megabytes otherwise waits for the system to map and clear
 // as many pages, as often as the C library has returned them: that can take longer than the
 // computation.
 #pragma once
@@ -30,6 +30,8 @@ class Recycled {
     return blocks;
   }
 
+  static constexpr std::align_val_t kAlignment{64};
+
   explicit Recycled(size_t limit) : limit_(limit) {}
 
   bool keeps(size_t bytes) const { return bytes >= kRecycledBytes && bytes <= limit_; }
@@ -50,25 +52,40 @@ class Recycled {
     return ::operator new(bytes, kAlignment);
   }
 
-  // Keeps the block, if it is of a size to keep; those that have waited longest make room for it.
-  void give(void* data, size_t bytes) {
-    if (in_forked_child || !keeps(bytes)) return release(data);
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for (; kept_ + bytes > limit_; free_.pop_front()) {
-      kept_ -= free_.front().bytes;
-      release(free_.front().data);
+  // Keeps the block, if it is of a size to keep; those that have waited longest make room for it,
+  // one by one, for to return memory to the system takes long.
+  void give(void* data, size_t bytes) noexcept {
+    while (!in_forked_child && keeps(bytes)) {
+      void* oldest = data;
+      {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (kept_ + bytes <= limit_ && push(data, bytes)) return;
+        if (free_.empty()) break;
+        oldest = free_.front().data;
+        kept_ -= free_.front().bytes;
+        free_.pop_front();
+      }
+      release(oldest);
     }
-    free_.push_back({data, bytes});
-    kept_ += bytes;
+    release(data);
   }
 
  private:
-  static constexpr std::align_val_t kAlignment{64};
-
   struct Block {
     void* data;
     size_t bytes;
   };
+
+  // False if there is no memory to remember the block in.
+  bool push(void* data, size_t bytes) noexcept {
+    try {
+      free_.push_back({data, bytes});
+    } catch (const std::bad_alloc&) {
+      return false;
+    }
+    kept_ += bytes;
+    return true;
+  }
 
   static void release(void* data) { ::operator delete(data, kAlignment); }
 

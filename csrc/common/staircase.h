@@ -41,9 +41,9 @@ struct Strided {
   }
 };
 
-// The same, its units in panels of kUnits: element (unit, step) at data[unit / kUnits * kUnits *
-// steps
-// + step * kUnits + unit % kUnits]. A transpose read in place would touch a page per step.
+// The same, its units in panels of kUnits: element (unit, step) at
+// data[unit / kUnits * kUnits * steps + step * kUnits + unit % kUnits]. A transpose read in place
+// would touch a page per step.
 template <class T>
 struct Packed {
   const T* data;
@@ -137,7 +137,7 @@ FASTFLOW_HD void with_constant(int64_t n, const F& f) {
 // short sums, whose cut does not depend on how units are blocked.
 inline constexpr int64_t kSteps = 256;
 
-// stair_product for the first Units units.
+// One block of stair_product: its first Units units.
 template <int Units, class T, class RangeOf>
 void stair_units(const Strided<T>& w, const T* a, T* c, int64_t rows, int64_t vectors,
                  const RangeOf& range) {

@@ -1,5 +1,6 @@
 // The products of staircase.h for a few rows: there the lanes of vectors are rows, and most of them
-// would be idle. Here they are units. Squares of weights are turned in registers, so that every
+// would be idle. Here they are units. Squares of weights are turned in registers (those of
+// the transpose lie as they are needed), so that every
 // unit still sums its own terms in ascending order, in the same pieces: a row gets the same bits
 // from either.
 #pragma once
@@ -115,8 +116,8 @@ void stair_product_rows(Strided<T> w, const T* a, T* c, int64_t rows, int64_t li
       live, [&](auto n) { narrow_product<decltype(n)::value>(w, a, c, rows, count, range); });
 }
 
-// How many rows of W ahead of their use memory is asked for them: they are pages apart, where no
-// processor foresees them.
+// Rows of W are asked for this many ahead of their use: wide rows are further apart than processors
+// foresee.
 inline constexpr int64_t kAhead = 16;
 
 // narrow_product with the transpose of W, row by row as it lies: what the units `above`, each of
@@ -167,6 +168,7 @@ void narrow_transposed_rows(const T* w, int64_t columns, Range above, Range belo
 template <class T>
 void narrow_transposed(const T* w, int64_t columns, Range above, Range below, const int32_t* prefix,
                        const int32_t* start, const T* d, T* c, int64_t rows, int64_t live) {
+  // about eight accumulators, and strips no wider than the units below
   with_constant<kNarrowRows>(live, [&](auto count) {
     constexpr int n = decltype(count)::value;
     const auto run = below.end - below.begin > 2 * Vec<T>::lanes

@@ -29,7 +29,7 @@ class Arena {
   size_t used_ = 0;
 };
 
-// f(workspace) with a Workspace(args, arena) in memory that its thread keeps.
+// f(workspace) with a Workspace(args, arena) in Scratch memory.
 template <class Workspace, class F>
 void with_workspace(const PcpArgs& args, const F& f) {
   Arena count;
