@@ -231,7 +231,10 @@ def test_what_is_built_again(
     built = []
     for run in range(2):
         now = lambda part: f"{part} {run if part == changed else 0}"  # noqa: B023, E731
-        compiler.write_text(f"#!/bin/sh\necho {now('compiler')}\nfor out; do :; done\n: > $out\n")
+        compiler.write_text(
+            f"#!/bin/sh\necho {now('compiler')}\nfor out; do :; done\n"
+            '[ "$out" = --version ] || : > "$out"\n'
+        )
         compiler.chmod(0o755)
         source.write_text(now("source"))
         build_tools.version_of.cache_clear()
