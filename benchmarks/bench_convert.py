@@ -16,14 +16,22 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
 import peers
 import pytest
 import torch
-from comparison import LIBRARY, WITH_GRADIENTS, Comparison, Group, Settings, compare, results
+from comparison import (
+    LIBRARY,
+    WITH_GRADIENTS,
+    Comparison,
+    Group,
+    Settings,
+    adam_step,
+    compare,
+    results,
+)
 from masked_network import ACTIVATIONS
 from peers import Chain
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -195,8 +203,8 @@ def chain(model: Model, direction: str, contender: str, inputs: list[Tensor]) ->
     flow = copy.deepcopy(model.flow)
     call = model.sample if direction == "sample" else model.density
     points = [one.detach().clone().requires_grad_(direction != "training") for one in inputs]
-    named = {"x": points[0], "context": points[-1]} if len(points) > 1 else {"x": points[0]}
-    leaves = {f"d{name}": one for name, one in named.items() if one.requires_grad}
+    named = zip(("x", "context"), points)
+    leaves = {f"d{name}": one for name, one in named if one.requires_grad}
     leaves |= {f"d{name}": one for name, one in flow.named_parameters()}
     if contender.startswith(LIBRARY):
         fastflow.convert(flow, strict=True)
@@ -204,25 +212,14 @@ def chain(model: Model, direction: str, contender: str, inputs: list[Tensor]) ->
     def run() -> tuple[Tensor]:
         return (call(flow, *points),)
 
-    step = partial(training_step, run, flow) if direction == "training" else None
+    def step() -> Callable[[object], None]:
+        return adam_step(lambda: -run()[0].mean(), flow.parameters())
+
     made = Chain(run, [*leaves.values()], names=tuple(leaves), step=step)
     if not contender.startswith(LIBRARY):
         return made
     backend = contender.removeprefix(LIBRARY)
     return replace(made, context=lambda: fastflow.use_backend(backend))
-
-
-def training_step(run: Callable[[], tuple[Tensor]], flow: nn.Module) -> Callable[[object], None]:
-    """Makes a step of Adam on the mean of -log_prob; its rate is too small for the weights to go
-    anywhere in thousands of steps on the same points."""
-    optimiser = torch.optim.Adam(flow.parameters(), lr=1e-7)
-
-    def step(_: object) -> None:
-        optimiser.zero_grad()
-        (-run()[0].mean()).backward()
-        optimiser.step()
-
-    return step
 
 
 @contextmanager

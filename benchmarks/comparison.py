@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -234,17 +234,25 @@ def task(chain: Chain, direction: str, cotangents: tuple[Tensor, ...]) -> measur
 def training_step(chain: Chain) -> Callable[[object], None]:
     """A step of Adam on the negative log-density of a layer's points, y being standard normal.
 
-    The points' gradient is computed too, as in any layer of a flow but the first. The rate is too
-    small for the weights to go anywhere in thousands of steps on the same points.
+    The points' gradient is computed too, as in any layer of a flow but the first.
     """
     point, *parameters = chain.leaves
+
+    def loss() -> Tensor:
+        point.grad = None
+        y, ladj = chain.run()
+        return ((y * y).sum(-1) / 2 - ladj).mean()
+
+    return adam_step(loss, parameters)
+
+
+def adam_step(loss: Callable[[], Tensor], parameters: Iterable[Tensor]) -> Callable[[object], None]:
+    """A step of Adam on a loss, of a rate that goes nowhere in thousands of steps."""
     optimiser = torch.optim.Adam(parameters, lr=1e-7)
 
     def step(_: object) -> None:
-        point.grad = None
         optimiser.zero_grad()
-        y, ladj = chain.run()
-        ((y * y).sum(-1) / 2 - ladj).mean().backward()
+        loss().backward()
         optimiser.step()
 
     return step

@@ -13,6 +13,7 @@ import copy
 import measure
 import torch
 import zuko
+from comparison import adam_step
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -34,18 +35,6 @@ def log_prob(flow: nn.Module, x: Tensor) -> Tensor:
     return flow.log_prob(x) if isinstance(flow, fastflow.Flow) else flow().log_prob(x)
 
 
-def step(flow: nn.Module, x: Tensor) -> measure.Task:
-    """One of Adam, at a rate too small for the weights to go anywhere on the same points."""
-    optimizer = torch.optim.Adam(flow.parameters(), lr=1e-7)
-
-    def run(_: object) -> None:
-        optimizer.zero_grad()
-        (-log_prob(flow, x).mean()).backward()
-        optimizer.step()
-
-    return measure.Task(run)
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--features", type=int, default=64)
@@ -59,7 +48,12 @@ def main(arguments: list[str] | None = None) -> None:
     with torch.no_grad():
         wanted, found = (log_prob(contenders[name], x) for name in ("zuko", "zuko, converted"))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-    tasks = {name: step(flow, x) for name, flow in contenders.items()}
+    tasks = {
+        name: measure.Task(
+            adam_step(lambda flow=flow: -log_prob(flow, x).mean(), flow.parameters())
+        )
+        for name, flow in contenders.items()
+    }
     times = measure.interleave(tasks, torch.device("cpu"), EFFORT)
     rows = [
         [name, 1e3 * measure.median(own), measure.ratio(times["zuko"], own)["median"]]

@@ -1,8 +1,7 @@
 // The products of staircase.h for a few rows: there the lanes of vectors are rows, and most of them
-// would be idle. Here they are units. Squares of weights are turned in registers (those of
-// the transpose lie as they are needed), so that every
-// unit still sums its own terms in ascending order, in the same pieces: a row gets the same bits
-// from either.
+// would be idle. Here they are units. Squares of weights are turned in registers (those of the
+// transpose lie as they are needed), so that every unit still sums its own terms in ascending
+// order, in the same pieces: a row gets the same bits from either.
 #pragma once
 
 #include "staircase.h"
