@@ -105,29 +105,30 @@ class ReverseTile {
         narrow_transposed(layer.weight, layer.columns, above, below, layer.prefix, layer.start,
                           cotangent(level + 1), cotangent(level), R_, live_);
       else
-        product(level, below.begin, below.end, [&](int64_t j) {
-          return Range{std::max<int64_t>(layer.start[j], above.begin), above.end};
-        });
+        product(level, below, above);
     }
   }
 
   // dA of units first .. last - 1, by what reads them before unit `end` of the level after.
   void add(int64_t level, int64_t first, int64_t last, int64_t end) {
-    const SortedLayer<T>& layer = net_.layers[level];
-    product(level, first, last, [&](int64_t j) { return Range{layer.start[j], end}; });
+    product(level, {first, last}, {0, end});
   }
 
-  template <class RangeOf>
-  void product(int64_t level, int64_t first, int64_t last, const RangeOf& range) {
+  // dA of the units `below`, by those of the units `above` in the level after that read them.
+  void product(int64_t level, Range below, Range above) {
     const SortedLayer<T>& layer = net_.layers[level];
     const auto multiply = [&](Strided<T> w, int64_t begin, int64_t end) {
       stair_product(w, cotangent(level + 1), cotangent(level) + begin * R_, R_, vectors_,
-                    end - begin, [&](int64_t j) { return range(begin + j); });
+                    end - begin, [&](int64_t j) {
+                      return Range{std::max<int64_t>(layer.start[begin + j], above.begin),
+                                   above.end};
+                    });
     };
-    if (!layer.packed.data) return multiply(layer.transposed().from_unit(first), first, last);
+    if (!layer.packed.data)
+      return multiply(layer.transposed().from_unit(below.begin), below.begin, below.end);
     // Panel by panel; the first may be entered in its midst.
-    for (int64_t j = first; j < last;) {
-      const int64_t panel = j / kUnits * kUnits, end = std::min(last, panel + kUnits);
+    for (int64_t j = below.begin; j < below.end;) {
+      const int64_t panel = j / kUnits * kUnits, end = std::min(below.end, panel + kUnits);
       const Strided<T> w = layer.packed.from_unit(panel);
       multiply(w.from_unit(j - panel), j, end);
       j = end;
