@@ -22,7 +22,7 @@ using Gradients = std::tuple<Tensor, Tensors, Tensors, Tensors>;
 void launch(MaskedPass pass, AutoregressiveArgs& args, const Tensor& x) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
   const char* error = autoregressive_cuda_device(args);
   check(error == nullptr, "CUDA: ", error ? error : "");
   const int64_t bytes = int64_t(autoregressive_cuda_workspace(pass, args));

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <initializer_list>
 
@@ -47,7 +48,7 @@ inline Tensor empty(Shape shape, const Tensor& like, ScalarType dtype) {
     bytes *= size_t(shape.begin()[i]);
   }
   int32_t device_type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   const int32_t type = element == 8   ? aoti_torch_dtype_float64()
                        : element == 4 ? aoti_torch_dtype_float32()
                                       : aoti_torch_dtype_uint8();
@@ -62,12 +63,12 @@ inline Tensor empty(Shape shape, const Tensor& like, ScalarType dtype) {
         data, dims, shape.begin(), strides, 0, type, device_type, like.get_device_index(), &handle,
         aoti_torch_layout_strided(), nullptr, 0, give, reinterpret_cast<void*>(bytes));
     if (error != AOTI_TORCH_SUCCESS) Recycled::all().give(data, bytes);
-    STABLE_TORCH_ERROR_CODE_CHECK(error);
+    TORCH_ERROR_CODE_CHECK(error);
     return Tensor(handle);
   }
 #endif
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      dims, shape.begin(), strides, type, device_type, like.get_device_index(), &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, shape.begin(), strides, type, device_type,
+                                                  like.get_device_index(), &handle));
   return Tensor(handle);
 }
 inline Tensor empty(Shape shape, const Tensor& like) {

@@ -54,7 +54,7 @@ template <class Workspace, class Launch>
 void launch(PlanarFlowArgs& args, const Tensor& z, Workspace workspace, Launch launcher) {
   const torch::stable::accelerator::DeviceGuard guard(z.get_device_index());
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(z.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(z.get_device_index(), &stream));
   const Tensor memory = empty({int64_t(workspace(args))}, z, ScalarType::Byte);
   args.workspace = memory.data_ptr();
   const char* error = launcher(args, static_cast<CUstream_st*>(stream));
