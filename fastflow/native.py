@@ -186,7 +186,9 @@ def _context_outputs(
     weights: Sequence[Tensor],
     *setting: float | bool | Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    units = sum(w.shape[0] for w in weights) + context_weight.shape[0] * context_activated
+    units = sum(w.shape[0] for w in weights)
+    if context_activated:  # torch 2.11 does not multiply a symbolic size by a bool
+        units = units + context_weight.shape[0]
     saved = _saved(x, units) if setting[-1] else x.new_empty(0)
     return torch.empty_like(x), x.new_empty(x.shape[0]), saved
 

@@ -188,14 +188,17 @@ def run_chain(
     step = step_parameters(w, u, centred)
     sigma = -1 if inverse else 1
     ladj = torch.zeros_like(z[..., 0])
-    a = [ladj] * w.shape[-2]
+    visited = []
     for k in visiting_order(w.shape[-2], inverse):
         r = (w[..., k, :] * z).sum(-1) + b[..., k]
         s1, s, x = (field[..., k] for field in (step.s1, step.s, step.x))
-        a[k] = solve_step_differentiable(r, s1, s) if inverse else r
-        z = z + sigma * step.u_hat[..., k, :] * torch.tanh(a[k])[..., None]
-        ladj = ladj + sigma * step_ladj(a[k], s1, s, x)
-    return z, ladj, torch.stack(a, -1) if a else ladj[..., None][..., :0]
+        a = solve_step_differentiable(r, s1, s) if inverse else r
+        z = z + sigma * step.u_hat[..., k, :] * torch.tanh(a)[..., None]
+        ladj = ladj + sigma * step_ladj(a, s1, s, x)
+        visited.append(a)
+    if not visited:
+        return z, ladj, ladj[..., None][..., :0]
+    return z, ladj, torch.stack(visited[:: -1 if inverse else 1], -1)
 
 
 def run_chain_backward(
@@ -222,7 +225,7 @@ def run_chain_backward(
         return per_row.sum(0) if shared else per_row
 
     g, g_ladj = d_out, sigma * dladj
-    dw, du_hat, db, dp = ([g] * len(order) for _ in range(4))
+    visited = []
     for k in reversed(order):
         x = states.pop()
         now = StepParameters(*(field[..., k] for field in step[:-1]), step.u_hat[..., k, :])
@@ -235,10 +238,11 @@ def run_chain_backward(
         else:
             gamma = g_ladj * dladj_da + q * h
             dp_row = g_ladj * dladj_dp
-        du_hat[k] = total(sigma * t[..., None] * g)
-        dw[k], db[k], dp[k] = total(gamma[..., None] * x), total(gamma), total(dp_row)
+        dw_k, du_hat_k = total(gamma[..., None] * x), total(sigma * t[..., None] * g)
+        visited.append((dw_k, du_hat_k, total(gamma), total(dp_row)))
         g = g + gamma[..., None] * w[..., k, :]
 
+    dw, du_hat, db, dp = zip(*visited[:: 1 if inverse else -1])
     dw, du_hat = torch.stack(dw, -2), torch.stack(du_hat, -2)
     dw, du = through_u_hat(w, u, step, dw, du_hat, torch.stack(dp, -1))
     return g, dw, du, torch.stack(db, -1)
