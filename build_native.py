@@ -1,14 +1,17 @@
 """Compiles csrc/ into the shared libraries of fastflow, and is the build backend that pip calls.
 
-The libraries of kernels use the stable ABI of torch 2.11 and no Python API: one build serves every
-later torch and every Python. The autograd node (csrc/autograd) serves only the torch and the Python
-that it is built with, named in its file name; the package works without. FASTFLOW_BUILD chooses:
+The libraries of kernels use the stable ABI of the oldest torch that pyproject.toml allows and no
+Python API: one build serves every later torch and every Python. The autograd node (csrc/autograd)
+serves only the torch and the Python that it is built with, named in its file name; the package
+works without, and FASTFLOW_NODE=0 leaves it out. FASTFLOW_BUILD chooses:
 
     auto (default)  what the tools at hand can build; what is missing is said in one line and
                     recorded in fastflow/_build.json, where `python -m fastflow` finds it
     none            nothing
-    cpu, cuda       the CPU libraries, or these and the CUDA library, or an error; and the node,
-                    an error if its compilation fails
+    cpu, cuda       the CPU libraries, or these and the CUDA library, or an error; and the node
+
+A compiler that is there and fails ends the installation, in every mode: pip shows the output of
+failed builds alone, so that a line about it would never be read.
 
 CXX, CXXFLAGS, CUDACXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS are honoured.
 """
@@ -29,34 +32,42 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import build_meta
-from setuptools.build_meta import *  # noqa: F403  (a build backend: the hooks pip calls)
-
 from build_tools import (
     CannotBuild,
     CompilerFailed,
     Torch,
     architecture_flags,
+    check_setuptools,
+    dotted,
     find_cudart,
     find_cxx,
     find_nvcc,
     find_python_headers,
     find_torch,
     first_error,
+    floor,
+    release,
     toolkit,
     version_of,
 )
+
+check_setuptools()
+
+# isort: split
+from setuptools import build_meta  # noqa: E402
+from setuptools.build_meta import *  # noqa: E402, F403  (a build backend: the hooks pip calls)
 
 # Commands run in ROOT with relative paths, so that object files serve wherever the tree is.
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 WORK = ROOT / "build" / "native"
-OLDEST_TORCH = (2, 11)
-# The parts of a build: for which FASTFLOW_BUILD they must succeed, and what their absence costs.
+OLDEST_TORCH = floor("torch")
+# The parts of a build: for which FASTFLOW_BUILD they must succeed, what their absence costs, and
+# what leaves them out where a compiler fails.
 PARTS = {
-    "cpu": (("cpu", "cuda"), "CPU tensors take the slower reference"),
-    "cuda": (("cuda",), "GPUs take Triton"),
-    "node": (("cpu", "cuda"), "small calls take longer"),
+    "cpu": (("cpu", "cuda"), "CPU tensors take the slower reference", "FASTFLOW_BUILD=none"),
+    "cuda": (("cuda",), "GPUs take Triton", "FASTFLOW_BUILD=cpu"),
+    "node": (("cpu", "cuda"), "small calls take longer", "FASTFLOW_NODE=0"),
 }
 X86_FLAGS = {
     "default": [],
@@ -69,7 +80,7 @@ X86_FLAGS = {
 CXX_FLAGS = [
     *("-O3", "-std=c++20", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-DNDEBUG"),
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
-    "-DTORCH_TARGET_VERSION=0x020b000000000000",
+    "-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH),
 ]
 NODE_FLAGS = [
     *("-O2", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-DNDEBUG"),
@@ -83,9 +94,9 @@ def _torch_requirement() -> list[str]:
     if os.environ.get("FASTFLOW_BUILD") == "none":
         return []
     torch = find_torch()
-    if torch and tuple(map(int, torch.version.split(".")[:2])) >= OLDEST_TORCH:
+    if torch and release(torch.version) >= OLDEST_TORCH:
         return []
-    return ["torch>={}.{}".format(*OLDEST_TORCH)]
+    return [f"torch>={dotted(OLDEST_TORCH)}"]
 
 
 def get_requires_for_build_wheel(config_settings: dict | None = None) -> list[str]:
@@ -254,6 +265,11 @@ def build(destination: Path) -> None:
             "fastflow: this environment has no torch to build against: install torch first, or "
             "drop --no-build-isolation, or set FASTFLOW_BUILD=none to go without compiled code"
         )
+    if torch and mode != "none" and release(torch.version) < OLDEST_TORCH:
+        raise SystemExit(
+            f"fastflow: this environment has torch {torch.version}, {dotted(OLDEST_TORCH)} or "
+            "later is needed"
+        )
     record: dict[str, str | list[str] | None] = {"torch": torch.version if torch else None}
     libraries: dict[str, Path] = {}
     builders = {
@@ -261,26 +277,44 @@ def build(destination: Path) -> None:
         "cuda": lambda: build_cuda(torch, mode == "cuda", record),
         "node": lambda: build_node(torch),
     }
+    left_out = {
+        part: f"left out by FASTFLOW_BUILD={mode}"
+        for part, (modes, *_) in PARTS.items()
+        if mode not in ("auto", *modes)
+    }
+    if os.environ.get("FASTFLOW_NODE") == "0":
+        left_out.setdefault("node", "left out by FASTFLOW_NODE=0")
     with ThreadPoolExecutor(len(PARTS)) as pool:
-        chosen = [part for part, (modes, _) in PARTS.items() if mode in ("auto", *modes)]
-        started = {part: pool.submit(builders[part]) for part in chosen}
-    for part, (modes, cost) in PARTS.items():
-        record[part] = None
+        started = {part: pool.submit(builders[part]) for part in PARTS if part not in left_out}
+    wrong = []
+    for part, (modes, cost, without) in PARTS.items():
+        record[part] = left_out.get(part)
         try:
-            if part not in started:
-                raise CannotBuild(f"left out by FASTFLOW_BUILD={mode}")
-            libraries |= started[part].result()
-        except CannotBuild as problem:
-            if mode in modes and (part != "node" or isinstance(problem, CompilerFailed)):
-                raise SystemExit(f"fastflow: FASTFLOW_BUILD={mode}: {problem}") from problem
+            if part in started:
+                libraries |= started[part].result()
+        except CompilerFailed as problem:
             record[part] = str(problem)
-            if part != "node" or record["cpu"] is None:  # without kernels it has nothing to call
-                print(f"fastflow: no {part} library: {problem}; {cost}", file=sys.stderr)
+            wrong.append(f"{problem}\nfastflow: set {without} to install without it: {cost}")
+        except CannotBuild as problem:
+            record[part] = str(problem)
+            if part != "node" and mode in modes:
+                wrong.append(f"FASTFLOW_BUILD={mode}: {problem}")
+        # without kernels the node has nothing to call
+        if record[part] and not wrong and (part != "node" or record["cpu"] is None):
+            print(f"fastflow: no {part} library: {record[part]}; {cost}", file=sys.stderr)
+    if wrong:  # in a clone the libraries of an earlier build stay, beside a record of this one
+        _install(destination, {}, record, keep=True)
+        raise SystemExit(f"fastflow: {wrong[0]}")
     _install(destination, libraries, record)
 
 
-def _install(destination: Path, libraries: dict[str, Path], record: dict) -> None:
-    """Put libraries and record in place by renaming, so that running processes keep theirs."""
+def _install(
+    destination: Path, libraries: dict[str, Path], record: dict, keep: bool = False
+) -> None:
+    """Put libraries and record in place by renaming, so that running processes keep theirs.
+
+    Libraries of earlier builds are removed, unless they are to be kept.
+    """
     destination.mkdir(parents=True, exist_ok=True)
     WORK.mkdir(parents=True, exist_ok=True)
     note = WORK / f"build.{os.getpid()}.json"
@@ -292,5 +326,5 @@ def _install(destination: Path, libraries: dict[str, Path], record: dict) -> Non
     note.unlink()
     for pattern in ("_cpu_*.so", "_cuda.so", "_autograd-*.so"):
         for old in destination.glob(pattern):
-            if old.name not in libraries:
+            if not keep and old.name not in libraries:
                 old.unlink()

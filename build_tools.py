@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+PROJECT = Path(__file__).with_name("pyproject.toml")
 CUDA_ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 
 
@@ -36,6 +37,36 @@ class Torch:
     version: str
     commit: str
     cuda: str | None
+
+
+def floor(package: str) -> tuple[int, ...]:
+    """The oldest version that pyproject.toml allows of a package, which is written there alone."""
+    (version,) = set(re.findall(rf'"{package}>=([\d.]+)', PROJECT.read_text(encoding="utf-8")))
+    return release(version)
+
+
+def release(version: str) -> tuple[int, ...]:
+    """The numbers of a version: (2, 11, 0) for 2.11.0a0+cpu."""
+    return tuple(map(int, re.match(r"\d+(\.\d+)*", version)[0].split(".")))
+
+
+def dotted(numbers: tuple[int, ...]) -> str:
+    return ".".join(map(str, numbers))
+
+
+def check_setuptools() -> None:
+    """Ends an installation with a line in place of a traceback where setuptools is too old."""
+    try:
+        from setuptools import __version__ as found
+    except ImportError:
+        found = ""
+    oldest = dotted(floor("setuptools"))
+    if not found or release(found) < floor("setuptools"):
+        raise SystemExit(
+            f"fastflow: this environment has {f'setuptools {found}' if found else 'no setuptools'},"
+            f" an installation without build isolation needs {oldest} or later: "
+            f"python -m pip install 'setuptools>={oldest},<82' (torch 2.11 takes none from 82 on)"
+        )
 
 
 def find_torch() -> Torch | None:
@@ -152,5 +183,10 @@ def output(command: list[str]) -> str:
 
 
 def first_error(text: str) -> str:
+    """The line in which a compiler says what is wrong, or the last one."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "")
+    for words in (r"\b(error|fatal)\b *:|undefined reference", r"(?i)error"):
+        for line in lines:
+            if re.search(words, line):
+                return line
+    return lines[-1] if lines else ""

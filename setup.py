@@ -1,5 +1,8 @@
-"""The package fastflow, the folder kernels/ as fastflow.kernels, and the native libraries."""
+"""The package fastflow, which is found through the links src/fastflow and fastflow/kernels."""
 
+import build_native  # first: it says in words that a setuptools is too old
+
+# isort: split
 import os
 from pathlib import Path
 
@@ -7,14 +10,12 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-import build_native
-
 
 class BuildNative(build_ext):
     """Compiles csrc/ into plain shared libraries beside the Python files (see build_native.py)."""
 
     def run(self) -> None:
-        root = "." if self.inplace or self.editable_mode else self.build_lib
+        root = "src" if self.inplace or self.editable_mode else self.build_lib
         build_native.build(Path(root) / "fastflow")
 
     def get_outputs(self) -> list[str]:
@@ -32,9 +33,13 @@ class AnyPythonWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2] if native else "any"
 
 
+# src/ holds nothing but the package: an editable install puts this folder on Python's path, and
+# the root would bring tests, kernels and setup along as modules for everybody.
 setup(
-    packages=[*find_packages(include=["fastflow", "fastflow.*"]), "fastflow.kernels"],
-    package_dir={"fastflow.kernels": "kernels"},
+    packages=find_packages("src"),
+    package_dir={"": "src"},
+    package_data={"fastflow": ["py.typed"]},
     ext_modules=[Extension("fastflow._native", sources=[])],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel},
+    options={"egg_info": {"egg_base": "."}},
 )

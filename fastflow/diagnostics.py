@@ -13,8 +13,10 @@ from fastflow.autograd import node
 
 # What to do about a reason, by words that occur in it.
 REMEDIES = (
+    ("left out by FASTFLOW_NODE", "install fastflow again without FASTFLOW_NODE"),
     ("FASTFLOW_NODE", "unset it to have the node"),
     ("another torch or Python", "install fastflow again in this environment"),
+    (" failed on ", "`pip install -v` shows all that it says; g++ 11 or later is needed"),
     ("no Python.h", "install Python's headers (python3-dev), then install fastflow again"),
     ("FASTFLOW_BUILD", "install fastflow again without FASTFLOW_BUILD"),
     ("no C++ compiler", "install g++ 11 or later, then install fastflow again"),
@@ -79,8 +81,10 @@ def report() -> str:
     ]
     for name, backend in facts["backends"].items():
         lines += _lines(name, backend, f"{' and '.join(backend['devices'])} tensors")
+        lines += _earlier({"cpp": "cpu"}.get(name, name), backend)
     lines.append("autograd")
     lines += _lines("node", facts["node"], "in C++")
+    lines += _earlier("node", facts["node"])
     return "\n".join(lines)
 
 
@@ -93,6 +97,14 @@ def _lines(name: str, part: dict[str, Any], what: str) -> list[str]:
     lines = [f"  {name:<10} {found}{part['reason']}{library}"]
     arrow = "->" if needed else "-> for a GPU:"
     return lines + [f"  {'':<10}          {arrow} {part['remedy']}"] * bool(part["remedy"])
+
+
+def _earlier(part: str, found: dict[str, Any]) -> list[str]:
+    """A line where the last build failed and left the library of an earlier one."""
+    noted = native.build_record().get(part)
+    if not (found["library"] and noted):
+        return []
+    return [f"  {'':<10}          of an earlier build; the last one failed: {noted}"]
 
 
 def _remedy(reason: str | None) -> str | None:

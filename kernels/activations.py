@@ -7,6 +7,7 @@ where a constant is chosen.
 
 import triton
 import triton.language as tl
+
 from fastflow.kernels import math
 
 NONE = tl.constexpr(-1)  # the identity, in place of an activation's number

@@ -8,6 +8,7 @@ order of the features has its shift m at sorted position 2 r of the outputs, its
 import torch
 import triton
 import triton.language as tl
+
 from fastflow.kernels import activations, math
 
 NONE = tl.constexpr(-1)  # a network whose outputs are wanted as they are

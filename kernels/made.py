@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fastflow.kernels import masked
 from torch import Tensor
+
+from fastflow.kernels import masked
 
 
 def made_forward(

@@ -11,6 +11,8 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import triton
+from torch import Tensor
+
 from fastflow.kernels import (
     activations,
     affine,
@@ -20,8 +22,6 @@ from fastflow.kernels import (
     masked_weights,
 )
 from fastflow.kernels.launch import device_of, dot_precision
-from torch import Tensor
-
 from fastflow.reference.network import activates, skips
 
 NO_STEP = (affine.NONE.value, 0.0, 0.0)

@@ -19,6 +19,7 @@ do with them, an activation above all, would spill registers if done to a whole 
 
 import triton
 import triton.language as tl
+
 from fastflow.kernels import activations
 
 SCAN = tl.constexpr(256)  # numbers of a staircase that are read at once

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
 from fastflow.kernels.masked_gemm import product_tile, pullback_tile
 
 

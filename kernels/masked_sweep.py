@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from fastflow.kernels import activations, affine
 from fastflow.kernels.masked_gemm import count_up_to, product_tile, pullback_tile
 

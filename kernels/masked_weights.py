@@ -13,8 +13,9 @@ from itertools import pairwise
 import torch
 import triton
 import triton.language as tl
-from fastflow.kernels.masked_gemm import is_sorted, units_at
 from torch import Tensor
+
+from fastflow.kernels.masked_gemm import is_sorted, units_at
 
 
 @triton.jit

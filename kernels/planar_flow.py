@@ -13,10 +13,11 @@ from math import gcd
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastflow.kernels import math
 from fastflow.kernels.launch import device_of
 from fastflow.kernels.planar_flow_shared import parameter_gradients
-from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["B", "K"])

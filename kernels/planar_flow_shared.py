@@ -16,8 +16,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastflow.kernels import math
 from torch import Tensor
+
+from fastflow.kernels import math
 
 
 @triton.jit(do_not_specialize=["B", "K", "chunk"])

@@ -6,14 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = (
     *("setup.py", "build_native.py", "build_tools.py", "pyproject.toml", "MANIFEST.in"),
-    *("README.md", "LICENSE", "fastflow", "kernels", "csrc"),
+    *("README.md", "LICENSE", "fastflow", "kernels", "src", "csrc"),
 )
 
 
@@ -23,8 +22,8 @@ def copy_tree(destination: Path, objects: bool = True) -> Path:
     for name in SOURCES:
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, destination / name, ignore=built)
-        else:
+            shutil.copytree(source, destination / name, ignore=built, symlinks=True)
+        elif source.exists():  # an sdist holds the package in src/ alone
             destination.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, destination / name)
     if objects and (ROOT / "build" / "native").is_dir():
@@ -42,9 +41,10 @@ class Environment:
         seen = folder / "seen"
         seen.mkdir()
         hidden = ("fastflow", "__editable__", "distutils-precedence", *without)
-        for entry in Path(sysconfig.get_path("purelib")).iterdir():
-            if not entry.name.lower().startswith(hidden):
-                (seen / entry.name).symlink_to(entry)
+        for folder in map(Path, sys.path):  # one path file may have brought another folder along
+            for entry in folder.iterdir() if folder.name == "site-packages" else ():
+                if not entry.name.lower().startswith(hidden) and not (seen / entry.name).exists():
+                    (seen / entry.name).symlink_to(entry)
         # pip removes nothing outside its environment, so these links are safe from it
         (self.packages / "seen.pth").write_text(f"{seen}\n")
 
@@ -53,13 +53,15 @@ class Environment:
         version = f"python{sys.version_info.major}.{sys.version_info.minor}"
         return self.folder / "venv" / "lib" / version / "site-packages"
 
-    def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        """Run the environment's Python, from a folder that holds nothing."""
+    def run(
+        self, *arguments: str, cwd: Path | None = None, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run the environment's Python, in a folder or from one that holds nothing."""
         elsewhere = self.folder / "elsewhere"
         elsewhere.mkdir(exist_ok=True)
         return subprocess.run(
             [self.python, *arguments],
-            cwd=elsewhere,
+            cwd=cwd or elsewhere,
             env=clean_environment() | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

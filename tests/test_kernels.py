@@ -24,6 +24,7 @@ if kernels.probe() is not None:
 
 import triton
 import triton.language as tl
+
 from fastflow.kernels import math, planar_flow, planar_flow_shared
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

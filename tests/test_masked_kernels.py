@@ -24,6 +24,8 @@ if kernels.probe() is not None:
 
 import triton
 import triton.language as tl
+from test_kernels import Fenced
+
 from fastflow.kernels import (
     activations,
     autoregressive,
@@ -33,7 +35,6 @@ from fastflow.kernels import (
     masked_network,
     masked_weights,
 )
-from test_kernels import Fenced
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAN = float("nan")

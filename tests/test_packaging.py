@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -42,9 +44,9 @@ print(json.dumps({"file": fastflow.__file__, "kernels": fastflow.kernels.__file_
 """
 
 
-def use(environment: Environment) -> dict:
+def use(environment: Environment, cwd: Path | None = None) -> dict:
     """What the installed package says of itself; it computes correctly, whatever its backends."""
-    run = environment.run("-W", "ignore::RuntimeWarning", "-c", USE)
+    run = environment.run("-W", "ignore::RuntimeWarning", "-c", USE, cwd=cwd)
     assert run.returncode == 0, run.stdout
     told = json.loads(run.stdout.splitlines()[-1])
     expected = torch.log(torch.nn.functional.softplus(torch.ones(3))).tolist()
@@ -54,7 +56,8 @@ def use(environment: Environment) -> dict:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return copy_tree(tmp_path_factory.mktemp("source"))
+    """A clone: its folder is called fastflow, as git names it."""
+    return copy_tree(tmp_path_factory.mktemp("source") / "fastflow")
 
 
 @pytest.fixture
@@ -62,12 +65,87 @@ def environment(tmp_path: Path) -> Environment:
     return Environment(tmp_path)
 
 
-def test_editable_install_works_from_elsewhere(environment: Environment, tree: Path) -> None:
+@pytest.fixture(scope="module")
+def editable(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    """Sees the clone by an editable install."""
+    environment = Environment(tmp_path_factory.mktemp("editable"))
     environment.install(tree, *HERE, "-e", FASTFLOW_BUILD="cpu")
-    told = use(environment)
+    return environment
+
+
+@pytest.mark.parametrize("place", ["elsewhere", "the folder that contains the clone", "the clone"])
+def test_editable_install_works_from(place: str, editable: Environment, tree: Path) -> None:
+    cwd = {"elsewhere": None, "the clone": tree}.get(place, tree.parent)
+    told = use(editable, cwd)
     assert told["reason"] is None and told["node"] is None
-    assert Path(told["file"]).parent == tree / "fastflow"
-    assert Path(told["kernels"]).parent == tree / "kernels"
+    assert Path(told["file"]).resolve().parent == tree / "fastflow"
+    assert Path(told["kernels"]).resolve().parent == tree / "kernels"
+    assert "cpp        ready" in editable.run("-m", "fastflow", cwd=cwd).stdout
+
+
+def test_editable_install_works_under_pytest(
+    editable: Environment, tree: Path, tmp_path: Path
+) -> None:
+    test = tmp_path / "test_it.py"
+    test.write_text("import fastflow, fastflow.kernels\n\ndef test_it(): fastflow.MAF(2, 2)\n")
+    for cwd in (tree, tree.parent):
+        run = editable.run("-m", "pytest", "-q", "-c", os.devnull, str(test), cwd=cwd)
+        assert run.returncode == 0, run.stdout
+
+
+def test_editable_install_brings_no_other_module(editable: Environment, tree: Path) -> None:
+    """Editors read a plain path file; the modules at the clone's root are nobody else's."""
+    (file,) = editable.packages.glob("*fastflow*.pth")
+    assert file.read_text().split() == [str(tree / "src")]
+    assert not list(editable.packages.glob("*finder*"))
+    names = "tests", "benchmarks", "kernels", "csrc", "setup", "build_native", "build_tools"
+    look = f"import importlib.util as u; print([n for n in {names} if u.find_spec(n)])"
+    assert editable.run("-c", look).stdout == "[]\n"
+
+
+def test_an_editor_sees_the_package(editable: Environment, tmp_path: Path) -> None:
+    """pyright resolves the arguments of a layer in a file of a user."""
+    if importlib.util.find_spec("pyright") is None:
+        pytest.skip("pyright is not installed")
+    file = tmp_path / "mine.py"
+    file.write_text("import fastflow\nreveal_type(fastflow.MAF)\nfastflow.MAF(features='two')\n")
+    options = ("--pythonpath", editable.python, "--outputjson", str(file))
+    command = [sys.executable, "-m", "pyright", *options]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    told = {
+        d["range"]["start"]["line"]: d["message"]
+        for d in json.loads(run.stdout)["generalDiagnostics"]
+    }
+    assert told.pop(1) == 'Type of "fastflow.MAF" is "type[MAF]"'
+    assert '"features"' in told.pop(2) and not told
+
+
+def test_uninstalling_leaves_nothing(environment: Environment, tree: Path) -> None:
+    before = sorted(environment.folder.rglob("venv/**/*"))
+    for option in (("-e",), ()):
+        environment.install(tree, *HERE, *option, FASTFLOW_BUILD="none")
+        run = environment.run("-m", "pip", "uninstall", "-y", "fastflow")
+        assert run.returncode == 0, run.stdout
+        assert sorted(environment.folder.rglob("venv/**/*")) == before
+
+
+def test_sdist_holds_real_files_and_installs(
+    environment: Environment, tree: Path, tmp_path: Path
+) -> None:
+    build = "import build_native as b, sys; b.build_sdist(sys.argv[1])"
+    run = environment.run("-c", build, str(tmp_path), cwd=tree)
+    assert run.returncode == 0, run.stdout
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        members = archive.getmembers()
+    assert all(member.isfile() or member.isdir() for member in members)
+    names = [member.name.partition("/")[2] for member in members]
+    assert {"src/fastflow/py.typed", "src/fastflow/kernels/math.py", "csrc/ops.cpp"} <= set(names)
+    assert sum(name.endswith("/kernels/math.py") for name in names) == 1
+    assert sorted(p.name for p in (tree / "src").iterdir()) == ["fastflow"]
+
+    environment.install(sdist, *HERE, FASTFLOW_BUILD="none")
+    assert Path(use(environment)["kernels"]).parent == environment.packages / "fastflow" / "kernels"
 
 
 def test_wheel_holds_the_package_and_nothing_else(
@@ -82,13 +160,14 @@ def test_wheel_holds_the_package_and_nothing_else(
         folders = {name.split("/")[0] for name in archive.namelist()}
         names = set(archive.namelist())
     assert {folder for folder in folders if not folder.endswith(".dist-info")} == {"fastflow"}
-    assert {"fastflow/_cpu_default.so", "fastflow/_build.json"} <= names
+    assert {"fastflow/_cpu_default.so", "fastflow/_build.json", "fastflow/py.typed"} <= names
+    assert {"fastflow/kernels/math.py", "fastflow/vae/cli.py"} <= names
     (node,) = [name for name in names if "_autograd-" in name]
     assert torch.__version__ in node and sysconfig.get_config_var("SOABI") in node
     assert not any(name.endswith("_cuda.so") for name in names)
 
     environment.install(wheel, "--no-deps")
-    told = use(environment)
+    told = use(environment, tree.parent)  # where a folder without __init__.py has its name
     assert told["reason"] is None and told["node"] is None
     assert Path(told["file"]).is_relative_to(environment.packages)
 
@@ -112,7 +191,6 @@ def test_nothing_native_on_demand(environment: Environment, tree: Path) -> None:
 @pytest.mark.parametrize(
     ("variables", "reason"),
     [
-        ({"CXX": "/bin/false"}, "false failed on"),
         ({"CXX": "/no/such/compiler"}, "no C++ compiler (/no/such/compiler)"),
         ({"PATH": "/nowhere"}, "no C++ compiler (c++, g++, clang++)"),
     ],
@@ -126,6 +204,65 @@ def test_without_a_compiler_the_reason_is_recorded(
     lines = [line.split("fastflow: ")[1] for line in output.splitlines() if " library: " in line]
     assert [line.split(" library: ")[0] for line in lines] == ["no cpu", "no cuda"]
     assert reason in environment.run("-m", "fastflow").stdout
+
+
+@pytest.fixture
+def failing_compiler(tmp_path: Path) -> str:
+    """It says what compilers say, and its version where it is asked for that."""
+    script = tmp_path / "failing-c++"
+    script.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && exit 0\n'
+        "echo 'In file included from csrc/errors.h:1:'\n"
+        "echo 'csrc/some.cpp:3:5: error: the first mistake'\n"
+        "echo 'csrc/some.cpp:4:5: error: the second mistake'\nexit 1\n"
+    )
+    script.chmod(0o755)
+    return str(script)
+
+
+@pytest.mark.parametrize("options", [("-e",), ()], ids=["editable", "plain"])
+def test_a_compiler_that_fails_ends_the_installation(
+    environment: Environment, tmp_path: Path, failing_compiler: str, options: tuple[str, ...]
+) -> None:
+    """Quietly, as most people install: pip shows the output of failed builds alone."""
+    tree = copy_tree(tmp_path / "tree", objects=False)
+    command = ("-m", "pip", "install", "--quiet", *HERE, *options, str(tree))
+    run = environment.run(*command, CXX=failing_compiler)
+    assert run.returncode != 0
+    assert re.search(r"fastflow: failing-c\+\+ failed on \S+: \S+ error: the first", run.stdout)
+    assert "fastflow: set FASTFLOW_BUILD=none to install without it" in run.stdout
+    assert "Traceback" not in run.stdout
+    assert not list(environment.packages.glob("*fastflow*"))
+    if options:
+        told = environment.run("-m", "fastflow", cwd=tree).stdout
+        assert re.search(r"missing  not built: failing-c\+\+ failed on .*: the first mistake", told)
+
+
+@pytest.mark.parametrize(
+    ("part", "without"),
+    [("cpu", "FASTFLOW_BUILD=none"), ("cuda", "FASTFLOW_BUILD=cpu"), ("node", "FASTFLOW_NODE=0")],
+)
+def test_what_fails_to_compile_can_be_left_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, part: str, without: str
+) -> None:
+    def fails(*arguments: object) -> dict[str, Path]:
+        raise build_tools.CompilerFailed("c++ failed on some.cpp: error: x")
+
+    for name in ("cpu", "cuda", "node"):
+        builder = fails if name == part else lambda *arguments: {}
+        monkeypatch.setattr(build_native, f"build_{name}", builder)
+    monkeypatch.delenv("FASTFLOW_BUILD", raising=False)
+    (tmp_path / "_cpu_default.so").touch()  # of an earlier build
+    with pytest.raises(SystemExit, match=rf"some.cpp: error: x\nfastflow: set {without} to"):
+        build_native.build(tmp_path)
+    assert (tmp_path / "_cpu_default.so").exists()
+    assert json.loads((tmp_path / "_build.json").read_text())[part].endswith("error: x")
+
+    monkeypatch.setenv(*without.split("="))
+    build_native.build(tmp_path)
+    noted = json.loads((tmp_path / "_build.json").read_text())[part]
+    assert noted == f"left out by {without}"
+    assert not (tmp_path / "_cpu_default.so").exists()
 
 
 @pytest.mark.parametrize("build", ["cpu", "cuda", "everything"])
@@ -148,6 +285,73 @@ def test_without_torch_it_is_a_build_requirement(tmp_path: Path, tree: Path) -> 
     run = environment.run("-m", "pip", "install", *HERE, str(tree))
     assert run.returncode != 0
     assert "has no torch to build against" in run.stdout
+
+
+@pytest.mark.parametrize("version", ["65.5.0", None])
+def test_too_old_a_setuptools_is_a_line(tmp_path: Path, tree: Path, version: str | None) -> None:
+    """What pip shows where it does not isolate builds; a new environment may have none at all."""
+    environment = Environment(tmp_path, without=("setuptools",))
+    if version:
+        old = tmp_path / "seen" / "setuptools"
+        old.mkdir()
+        (old / "__init__.py").write_text(f"__version__ = {version!r}\n")
+        (old / "build_meta.py").touch()
+    for option in (("-e",), ()):
+        run = environment.run("-m", "pip", "install", *HERE, *option, str(tree))
+        assert run.returncode != 0
+        assert f"has {f'setuptools {version}' if version else 'no setuptools'}," in run.stdout
+        assert "python -m pip install 'setuptools>=77,<82'" in run.stdout
+        assert "Traceback" not in run.stdout
+
+
+def test_too_old_a_torch_is_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    torch = build_tools.Torch(tmp_path, "2.10.1+cpu", "commit", None)
+    monkeypatch.setattr(build_native, "find_torch", lambda: torch)
+    monkeypatch.setenv("FASTFLOW_BUILD", "cpu")
+    with pytest.raises(SystemExit, match=r"has torch 2\.10\.1\+cpu, 2\.11 or later is needed"):
+        build_native.build(tmp_path)
+
+
+def test_the_floor_of_torch_is_written_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In pyproject.toml; the ABI that is built against, and the README, follow it."""
+    floor = build_tools.floor("torch")
+    assert f"| torch {build_tools.dotted(floor)} or later |" in (ROOT / "README.md").read_text()
+    (target,) = [flag for flag in build_native.CXX_FLAGS if "TORCH_TARGET_VERSION" in flag]
+    assert int(target.split("=")[1], 16) == (floor[0] << 56) + (floor[1] << 48)
+    older = build_tools.Torch(ROOT, f"{floor[0]}.{floor[1] - 1}.1", "commit", None)
+    for found, needed in [
+        (older, [f"torch>={build_tools.dotted(floor)}"]),
+        (build_tools.find_torch(), []),
+    ]:
+        monkeypatch.setattr(build_native, "find_torch", lambda found=found: found)
+        assert build_native._torch_requirement() == needed
+
+
+@pytest.mark.parametrize(
+    ("output", "line"),
+    [
+        (
+            "In file included from errors.h:1:\n a.cpp:1:2: error: x\n a.cpp:3:2: error: y",
+            "a.cpp:1:2: error: x",
+        ),
+        (
+            "a.cpp:1:10: fatal error: Python.h: No such file",
+            "a.cpp:1:10: fatal error: Python.h: No such file",
+        ),
+        (
+            "nvcc fatal   : Unsupported gpu architecture 'compute_200'",
+            "nvcc fatal   : Unsupported gpu architecture 'compute_200'",
+        ),
+        (
+            "a.o: undefined reference to `f'\ncollect2: error: ld returned 1",
+            "a.o: undefined reference to `f'",
+        ),
+        ("Killed\n", "Killed"),
+        ("", ""),
+    ],
+)
+def test_the_first_error_of_a_compiler(output: str, line: str) -> None:
+    assert build_tools.first_error(output) == line
 
 
 def test_a_killed_build_starts_again(tmp_path: Path) -> None:

@@ -22,6 +22,9 @@ from itertools import chain
 
 import torch
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
 from fastflow.kernels import (
     affine,
     masked_layers,
@@ -31,8 +34,6 @@ from fastflow.kernels import (
     planar_flow,
     planar_flow_shared,
 )
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 # bytes of shared memory that a block can get, by compute capability
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
