@@ -156,7 +156,7 @@ class PCPMap(Bijection):
                 v, scale, *gate = conditional
                 v = nnf.elu(v)
                 scales.append(scale)
-                gates += map(softplus, gate)
+                gates += [softplus(one) for one in gate]
         slope, shift, curvature = made
         slope = softplus(slope) / math.sqrt(slope.shape[-1])
         curvature = softplus(curvature) + LEAST_CURVATURE
