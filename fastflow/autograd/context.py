@@ -17,16 +17,9 @@ from torch.nn import functional as nnf
 
 from fastflow import backends
 from fastflow.autograd import node
+from fastflow.inner import global_hooks, plain
 from fastflow.reference import autoregressive
 from fastflow.reference.network import BY_NUMBER
-
-try:
-    from torch.nn.modules.module import _has_any_global_hook
-except ImportError:  # a private name: without it every layer is called
-
-    def _has_any_global_hook() -> bool:
-        return True
-
 
 class Op(NamedTuple):
     """The names of an op's two passes, and the op without a context in plain PyTorch."""
@@ -85,17 +78,13 @@ def plain_linear(layer: nn.Module) -> bool:
     Not so with hooks, subclasses and parametrizations, nor where a graph shall show the layer, nor
     where weights are plain attributes, as `nn.DataParallel` leaves them.
     """
-    return not (
-        type(layer) is not nn.Linear
-        or torch.compiler.is_compiling()
-        or layer._forward_pre_hooks
-        or layer._forward_hooks
-        or layer._backward_pre_hooks
-        or layer._backward_hooks
-        or "forward" in layer.__dict__
-        or "weight" not in layer._parameters
-        or "bias" not in layer._parameters
-        or _has_any_global_hook()
+    return (
+        type(layer) is nn.Linear
+        and not torch.compiler.is_compiling()
+        and plain(layer)
+        and "weight" in layer._parameters
+        and "bias" in layer._parameters
+        and not global_hooks()
     )
 
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastflow.bijections.base import Bijection, check_batches, check_features
 from fastflow.bijections.made import MADE
 from fastflow.functional.autoregressive import autoregressive, autoregressive_inverse
+from fastflow.inner import plain
+from fastflow.reference.autoregressive import inverse_by_passes
+from fastflow.reference.network import reach
+from fastflow.reference.scales import step
 from fastflow.scales import Scale, scale_map
 
 OWNER = "MaskedAffineAutoregressive"
@@ -75,15 +81,54 @@ class MaskedAffineAutoregressive(Bijection):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_features(OWNER, "x", x, self.features)
-        network = self.network.network(context, OWNER)
-        check_batches(OWNER, "x", x, context)
+        network = self._plain_network("x", x, context)
+        if network is None:
+            return self._by_calls(x, context, inverse=False)
         return autoregressive(x, **network, scale=self.scale, recompute=self.recompute)
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_features(OWNER, "y", y, self.features)
-        network = self.network.network(context, OWNER)
-        check_batches(OWNER, "y", y, context)
+        network = self._plain_network("y", y, context)
+        if network is None:
+            return self._by_calls(y, context, inverse=True)
         return autoregressive_inverse(y, **network, scale=self.scale, recompute=self.recompute)
+
+    def _plain_network(
+        self, name: str, points: Tensor, context: Tensor | None
+    ) -> dict[str, Any] | None:
+        """The network at a context as ops take it; None where modules inside must be called."""
+        made = self._modules["network"]
+        if type(made) is not MADE or not plain(made):
+            if not isinstance(made, MADE):
+                raise TypeError(
+                    f"{OWNER}: network is a {type(made).__module__}.{type(made).__qualname__}, "
+                    "must be a fastflow.MADE: wrap the whole layer instead of what is inside"
+                )
+            return None
+        network = made.network(context, OWNER)
+        check_batches(OWNER, name, points, context)
+        return network
+
+    def _by_calls(
+        self, points: Tensor, context: Tensor | None, inverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Either direction by calls of the network with its hooks; the inverse takes D of them."""
+        made = self.network
+        dtype = torch.promote_types(points.dtype, next(made.parameters()).dtype)
+        compute = torch.promote_types(dtype, torch.float32)
+        setting = (self.scale.number, *map(float, self.scale.constants))
+
+        def shift_and_scale(x: Tensor) -> tuple[Tensor, ...]:
+            return made(x.to(dtype), context).to(compute).unbind(-1)
+
+        points = points.to(compute)
+        if inverse:
+            seen = reach(made.masks(), made.residual).unflatten(0, (-1, 2)).any(1)
+            image, ladj = inverse_by_passes(points, shift_and_scale, seen, setting)
+        else:
+            image, logs = step(points, *shift_and_scale(points), *setting)
+            ladj = logs.sum(-1)
+        return image.to(dtype), ladj
 
     def extra_repr(self) -> str:
         return f"scale={self.scale}" + ", recompute=True" * self.recompute

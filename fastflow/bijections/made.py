@@ -20,8 +20,8 @@ from fastflow.bijections.base import (
 )
 from fastflow.functional.made import made
 from fastflow.functional.network import check_activation
-from fastflow.memo import tensors
-from fastflow.reference.network import reach
+from fastflow.inner import call_masked, plain_tensors, settled_tensors
+from fastflow.reference.network import ACTIVATIONS, activates, reach, skips
 
 
 class MADE(Arranged):
@@ -126,17 +126,29 @@ class MADE(Arranged):
         check_features("MADE", "x", x, self.features)
         network = self.network(context)
         check_batches("MADE", "x", x, context)
-        outputs = made(x, **network)
+        outputs = self._by_calls(x, context) if network is None else made(x, **network)
         return outputs.unflatten(-1, (self.features, self.params_per_feature))
 
-    def network(self, context: Tensor | None, owner: str = "MADE") -> dict[str, Any]:
+    def network(self, context: Tensor | None, owner: str = "MADE") -> dict[str, Any] | None:
         """The network at a context, as the arguments of `fastflow.functional.made` after x.
 
-        `owner` is who was given the context, for the errors.
+        None where modules inside must be called, since they have hooks: `forward` does that.
+
+        Arguments:
+            context: as in `forward`.
+            owner: who was given the context, for the errors.
+
+        Raises:
+            TypeError, ValueError: the context does not fit.
+            TypeError: one of `layers` is computed by something that cannot be masked: another
+                module in its place, or another `forward`.
         """
         # not by attribute: in a small model, modules' __getattr__ takes longer than the network
         layers = [*self._modules["layers"]._modules.values()]
-        weights = tensors(layers, "weight")
+        held = plain_tensors(layers)
+        if held is None:
+            prefix = "network." * (owner != "MADE")
+            held = settled_tensors(owner, f"{prefix}layers", layers)
         terms, context_layer = None, self._modules.get("context_layer")
         if context_layer is None:
             refuse_context(owner, context)
@@ -147,19 +159,38 @@ class MADE(Arranged):
                     f"{owner}: context is {got}, must be a tensor (*batch, {self.context_features})"
                 )
             check_features(owner, "context", context, self.context_features)
-            check_type(owner, "context", context, weights[0])
-            if plain_linear(context_layer):
+            check_type(owner, "context", context, held[0][0] if held else layers[0].weight)
+            if held is None:
+                pass  # it is called with the others
+            elif plain_linear(context_layer):
                 terms = ContextTerm.of(context_layer, context)
             else:
                 terms = [context_layer(context), *[None] * (len(layers) - 1)]
+        if held is None:
+            return None
+        weights, biases = held
         return {
             "weights": weights,
-            "biases": tensors(layers, "bias"),
+            "biases": biases,
             "stairs": self._buffers["stairs"] if self._by_degrees else self.masks(),
             "terms": terms,
             "activation": self.activation,
             "residual": self.residual,
         }
+
+    def _by_calls(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """The outputs (*batch, D P) by calls of all modules inside, with their hooks."""
+        hidden, act = len(self.layers) - 1, ACTIVATIONS[self.activation].value
+        found: list[Tensor] = []
+        for level, (layer, mask) in enumerate(zip(self.layers, self.masks()), 1):
+            p = call_masked(layer, mask, x)
+            if level == 1 and self.context_layer is not None:
+                p = p + self.context_layer(context)
+            if skips(level, hidden, self.residual):
+                p = p + found[level - 3]
+            found.append(p)
+            x = act(p) if activates(level, hidden, self.residual) else p
+        return found[-1]
 
     def degrees(self) -> list[Tensor]:
         """The degrees of the units of every level, int64: features 1 .. D, hidden, outputs.

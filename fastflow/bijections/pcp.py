@@ -13,6 +13,7 @@ from torch.nn import functional as nnf
 from fastflow.autograd.pcp import gradient_map
 from fastflow.bijections.base import Bijection, check_features, positive_int, refuse_context
 from fastflow.functional.checks import broadcast_batches, check_tensors
+from fastflow.inner import global_hooks, plain
 from fastflow.reference.network import softplus
 from fastflow.reference.pcp_potential import Network
 
@@ -146,7 +147,7 @@ class PCPMap(Bijection):
             if v is None:
                 made = terms.to(dtype)
             else:
-                made = nnf.linear(v, terms.weight.to(dtype), terms.bias.to(dtype))
+                made = _apply(terms, v, self.inputs[0].dtype)
             made = made.split(sizes, -1)
             if len(offsets) == len(inputs):
                 break
@@ -203,6 +204,13 @@ class PCPMap(Bijection):
             f"features={self.features}, context_features={self.context_features}, "
             f"hidden_features={self.hidden_features}"
         )
+
+
+def _apply(layer: nn.Module, v: Tensor, dtype: torch.dtype) -> Tensor:
+    """A linear layer of a type at v (*batch, n), in the type of v; called if it is not plain."""
+    if type(layer) is nn.Linear and plain(layer) and not global_hooks():
+        return nnf.linear(v, layer.weight.to(v.dtype), layer.bias.to(v.dtype))
+    return layer(v.to(dtype)).to(v.dtype)
 
 
 def inverse_softplus(value: float) -> float:

@@ -158,7 +158,9 @@ class ConditionalPlanarFlow(Bijection):
         """
         check_tensors("ConditionalPlanarFlow", context=context)
         check_features("ConditionalPlanarFlow", "context", context, self.context_features)
-        check_type("ConditionalPlanarFlow", "context", context, self.network[-1].weight)
+        weight = getattr(self.network[-1], "weight", None)
+        if isinstance(weight, Tensor):  # not so in what tools put in the place of a layer
+            check_type("ConditionalPlanarFlow", "context", context, weight)
         size = self.steps * self.features
         w, u, b = self.network(context).split([size, size, self.steps], dim=-1)
         shape = (self.steps, self.features)

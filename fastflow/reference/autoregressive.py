@@ -15,7 +15,7 @@ visited, so one sweep in reverse gives the cotangents of all pre-activations.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -224,16 +224,39 @@ def autoregressive_inverse_backward(
 
 
 def _inverse_by_passes(y: Tensor, net: tuple, scale: tuple) -> tuple[Tensor, Tensor]:
-    """The inverse by passes through the whole network, each of which settles some features more."""
+    """The inverse by passes through the whole network."""
     terms, weights, biases, stairs, activation, residual = net
     features = y.shape[-1]
     seen = masks.masks(stairs, network.widths(y, weights))
     adjacency = network.reach(seen, residual)[_output_rows(stairs, features)].any(1)
-    x, known = torch.zeros_like(y), torch.zeros_like(adjacency[0])
-    for _ in range(masks.depth(adjacency) if readable(adjacency) else features):
+
+    def shift_and_scale(x: Tensor) -> tuple[Tensor, Tensor]:
         outputs = network.forward(x, terms, weights, biases, seen, activation, residual)[-1]
-        m, a = _by_feature(outputs, stairs, features)
-        found, l = scales.step_back(y, m, a, *scale)  # noqa: E741
+        return _by_feature(outputs, stairs, features)
+
+    return inverse_by_passes(y, shift_and_scale, adjacency, scale)
+
+
+def inverse_by_passes(
+    y: Tensor,
+    shift_and_scale: Callable[[Tensor], tuple[Tensor, ...]],
+    adjacency: Tensor,
+    scale: tuple,
+) -> tuple[Tensor, Tensor]:
+    """The inverse by passes through any autoregressive map, of which each settles more features.
+
+    Arguments:
+        y: (*batch, D).
+        shift_and_scale: gives m and a (*batch, D) at x.
+        adjacency: bool (D, D), [i, j] says that m_i and a_i depend on x_j.
+        scale: the scale map, as ops take it.
+
+    Returns:
+        x (*batch, D), and ladj (*batch,) of the inverse.
+    """
+    x, known = torch.zeros_like(y), torch.zeros_like(adjacency[0])
+    for _ in range(masks.depth(adjacency) if readable(adjacency) else y.shape[-1]):
+        found, l = scales.step_back(y, *shift_and_scale(x), *scale)  # noqa: E741
         known = ~(adjacency & ~known).any(1)
         x = torch.where(known, found, 0)  # what was found of unknown features may be infinite
     return x, -l.sum(-1)
