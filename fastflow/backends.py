@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -152,7 +153,7 @@ def current_or_reference(op: str) -> str | None:
     return _chosen if _known[key] else "reference"
 
 
-def call(op: str, *args: object, name: str | None) -> tuple[Tensor, ...]:
+def call(op: str, *args: Any, name: str | None) -> tuple[Tensor, ...]:
     """Compute an op, from inside the autograd Function that knows its derivative.
 
     Arguments:
@@ -186,9 +187,9 @@ def _find(op: str, device: str, name: str | None) -> Callable:
     if function is None:
         backend, function = _automatic(op, device) if name is None else _given(op, name)
         if not backend.serves(device):
+            served = " and ".join(backend.devices or ())
             raise RuntimeError(
-                f"{op}: backend {backend.name} serves {' and '.join(backend.devices)} tensors, "
-                f"these are on {device}"
+                f"{op}: backend {backend.name} serves {served} tensors, these are on {device}"
             )
         _selected[key] = function
     return function

@@ -81,7 +81,7 @@ def report() -> str:
     ]
     for name, backend in facts["backends"].items():
         lines += _lines(name, backend, f"{' and '.join(backend['devices'])} tensors")
-        lines += _earlier({"cpp": "cpu"}.get(name, name), backend)
+        lines += _earlier("cpu" if name == "cpp" else name, backend)
     lines.append("autograd")
     lines += _lines("node", facts["node"], "in C++")
     lines += _earlier("node", facts["node"])

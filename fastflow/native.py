@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,7 +119,7 @@ def _device_reason() -> str | None:
 
 def _runs_on(code: str, capability: tuple[int, int]) -> bool:
     """Whether sm_XY or compute_XY code runs on a device: same major for sm, any later for PTX."""
-    kind, major, minor, exact = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", code).groups()
+    ((kind, major, minor, exact),) = re.findall(r"^(sm|compute)_(\d+)(\d)([af]?)$", code)
     arch = (int(major), int(minor))
     if exact == "a":
         return arch == capability
@@ -194,7 +195,7 @@ def _context_outputs(
 
 
 def _masked_gradients(
-    x: Tensor, weights: Sequence[Tensor], wanted: tuple[int, int, bool, bool]
+    x: Tensor, weights: Sequence[Tensor], wanted: Sequence[Any]
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     terms_grad, biases_given, x_grad, param_grads = wanted
     none, layers = x.new_empty(0), list(enumerate(weights))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
 _BATCHED = torch._C._dispatch_key_parse("Batched")
@@ -21,7 +22,7 @@ def batched(tensor: Tensor) -> bool:
 
 def wrapped(tensor: Tensor) -> bool:
     """Whether a tensor stands for another one inside a torch.func transform."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return is_functorch_wrapped_tensor(tensor)
 
 
 def transforms_active() -> bool:
@@ -33,7 +34,7 @@ def readable(tensor: Tensor) -> bool:
     """Whether Python may look at the values: they are there, and looking would stop nothing."""
     if torch.compiler.is_compiling() or type(tensor) is not Tensor or tensor.is_meta:
         return False
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+    if is_functorch_wrapped_tensor(tensor):
         return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 

@@ -1,3 +1,4 @@
+# type: ignore  # what Triton makes of a function has other types than its annotations
 """Launches the passes of a masked network in Triton: all layers at once if small, else one by one.
 
 What both ops on such networks share. `saved` holds P_1 .. P_L, and the outputs if an affine step
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 from torch import Tensor
@@ -74,7 +75,7 @@ def forward(
     biases: Sequence[Tensor],
     step: tuple[int, float, float],
     save: bool,
-) -> tuple[Tensor, Tensor | None, Tensor]:
+) -> tuple[Tensor, Any, Tensor]:
     """(y, ladj, saved); without an affine step y is the network's outputs, ladj None."""
     B, widths = len(x), net.widths
     size = B * net.hidden_units

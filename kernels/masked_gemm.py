@@ -1,3 +1,4 @@
+# type: ignore  # what Triton makes of a function has other types than its annotations
 """Masked matrix products in Triton which skip what the mask removes.
 
 Letters: layer W (N, K) between a level of K units and one of N. `stairs` (see `fastflow.masks`)

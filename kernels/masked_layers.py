@@ -1,3 +1,4 @@
+# type: ignore  # what Triton makes of a function has other types than its annotations
 """One layer of a masked network in Triton: a launch each for its product and its pullback.
 
 Axis 0 of a grid walks over rows, axis 1 over tiles of units, those with the longest sums first, so

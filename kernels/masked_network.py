@@ -1,3 +1,4 @@
+# type: ignore  # what Triton makes of a function has other types than its annotations
 """A whole small masked network in Triton: one launch for a pass over all of its layers.
 
 A program owns BLOCK_B rows and walks through the layers tile by tile. Activations of its rows go

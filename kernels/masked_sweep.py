@@ -1,3 +1,4 @@
+# type: ignore  # what Triton makes of a function has other types than its annotations
 """The inverse of an affine autoregressive layer in Triton: one sweep over the features.
 
 Stage r computes the units that see r features, level by level, then outputs r, then x_r; backward

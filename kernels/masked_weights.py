@@ -1,3 +1,4 @@
+# type: ignore  # what Triton makes of a function has other types than its annotations
 """Gradients of masked weights and of biases in Triton: dW = dP^T A under the stair, db = sum dP.
 
 The last axis of a grid cuts the batch into chunks, which depend on the sizes alone and are added in

@@ -1,3 +1,4 @@
+# type: ignore  # what Triton makes of a function has other types than its annotations
 """Elementary functions and the terms of a planar step, for Triton kernels.
 
 Triton has no log1p, expm1 or tanh that its interpreter can run, and its float32 exp loses a unit

@@ -1,3 +1,4 @@
+# type: ignore  # what Triton makes of a function has other types than its annotations
 """Planar flow in Triton: one kernel per direction of a chain, one for the backward of either.
 
 Letters and equations are those of `fastflow.reference.planar_flow`. A program owns BLOCK_B rows,

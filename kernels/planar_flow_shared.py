@@ -1,3 +1,4 @@
+# type: ignore  # what Triton makes of a function has other types than its annotations
 """Planar flow in Triton: the parameter gradients of a chain whose parameters all rows share.
 
 With T (B, K) of tanh(a), Gamma (B, K) of the cotangents of the pre-activations, X the input of the

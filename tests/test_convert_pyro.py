@@ -339,6 +339,8 @@ def test_what_is_left_alone_is_named(case: str) -> None:
 def test_torch_compile() -> None:
     torch.compiler.reset()
     layer, fast = pair("default")
+    # torch 2.11 does not trace the making of an inverse, be the transform Pyro's own or converted
+    held = fast.inv if torch.__version__ < (2, 13) else None  # noqa: F841
     x = torch.randn(4, 5)
     for call in (parallel, inverse):
         compiled = torch.compile(partial(call, fast), fullgraph=True, backend="aot_eager")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from fastflow import backends
 from fastflow.autograd import node
@@ -25,7 +25,7 @@ class PlanarFlow(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, z: Tensor, w: Tensor, u: Tensor, b: Tensor, centred: bool, inverse: bool
+        ctx: Any, z: Tensor, w: Tensor, u: Tensor, b: Tensor, centred: bool, inverse: bool
     ) -> tuple[Tensor, Tensor]:
         backend = backends.current()
         out, ladj, a = backends.call(FORWARD[inverse], z, w, u, b, centred, name=backend)
@@ -35,7 +35,7 @@ class PlanarFlow(torch.autograd.Function):
         return out, ladj
 
     @staticmethod
-    def backward(ctx: FunctionCtx, d_out: Tensor, dladj: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_out: Tensor, dladj: Tensor) -> tuple[Tensor | None, ...]:
         z, out, w, u, b, a = ctx.saved_tensors
         grads = gradients(
             *((z, w, u, b, ctx.centred), (out, None, a), (d_out, dladj), ctx.needs_input_grad[:4]),
@@ -45,7 +45,7 @@ class PlanarFlow(torch.autograd.Function):
 
 
 def gradients(
-    arguments: tuple[Tensor | bool, ...],
+    arguments: tuple[Tensor, Tensor, Tensor, Tensor, bool],
     outputs: tuple[Tensor | None, ...],
     cotangents: tuple[Tensor, Tensor],
     wanted: tuple[bool, ...],
@@ -53,7 +53,7 @@ def gradients(
     backend: str | None,
 ) -> list[Tensor | None] | tuple[Tensor | None, ...]:
     """The gradients of z, w, u and b, None where none is wanted."""
-    *inputs, centred = arguments
+    inputs, centred = arguments[:4], arguments[4]
     if not torch.compiler.is_compiling():
         if torch.is_grad_enabled():
             return differentiable_vjp(inputs, cotangents, wanted, centred, inverse)
@@ -72,7 +72,7 @@ def gradients(
 
 
 def differentiable_vjp(
-    inputs: list[Tensor],
+    inputs: tuple[Tensor, ...],
     cotangents: tuple[Tensor, Tensor],
     wanted: tuple[bool, ...],
     centred: bool,
@@ -80,9 +80,9 @@ def differentiable_vjp(
 ) -> list[Tensor | None]:
     """The backward pass as a graph of its own, for derivatives of derivatives."""
     # aliases: a parameter computed from z must not bring its own gradient to that of z
-    inputs = [tensor.view_as(tensor) for tensor in inputs]
-    leaves = [tensor for tensor, needed in zip(inputs, wanted) if needed]
-    out, ladj, _ = reference.run_chain(*inputs, centred, inverse)
+    z, w, u, b = (tensor.view_as(tensor) for tensor in inputs)
+    leaves = [tensor for tensor, needed in zip((z, w, u, b), wanted) if needed]
+    out, ladj, _ = reference.run_chain(z, w, u, b, centred, inverse)
     grads = iter(torch.autograd.grad((out, ladj), leaves, cotangents, create_graph=True))
     return [next(grads) if needed else None for needed in wanted]
 
@@ -115,5 +115,7 @@ def planar_flow(
         torch.is_grad_enabled()
         and (z.requires_grad or w.requires_grad or u.requires_grad or b.requires_grad)
     ):
-        return backends.call(FORWARD[inverse], z, w, u, b, centred, name=backends.current())[:2]
+        name = backends.current()
+        out, ladj, _ = backends.call(FORWARD[inverse], z, w, u, b, centred, name=name)
+        return out, ladj
     return PlanarFlow.apply(z, w, u, b, centred, inverse)

@@ -87,7 +87,8 @@ def _gradients(
     left = iter(left)
     slopes = Slopes(*_lists(left, [layers - 1, *[layers] * 3, layers - 1, layers]))
     more = layers - 1
-    bends = Bends(*_lists(left, [layers, more, min(more, 1), more]), next(left))
+    lists = _lists(left, [layers, more, min(more, 1), more])
+    bends = Bends(*lists, next(left))  # pyright: ignore[reportCallIssue]
     d_point, dnet = vjp(*arguments, Network.of(net, layers), factor, slopes, bends)
     return d_point, dnet if param_grads else [d_point.new_empty(0) for _ in net]
 

@@ -7,6 +7,8 @@ one for every row. What is written in place was made here.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,8 @@ from fastflow.reference.pcp_potential import (
 
 def blank(net: Network) -> Network:
     """Cotangents of a network to fill in; None where nothing comes."""
-    return Network.of([None] * len(net.tensors), len(net.inputs))
+    blanks: Any = [None] * len(net.tensors)
+    return Network.of(blanks, len(net.inputs))
 
 
 def totals(net: Network, *parts: Network) -> Tensors:

@@ -57,7 +57,8 @@ class Network(NamedTuple):
         lists = [[next(left) for _ in range(n)] for n in (K, K - 1, K)]
         rest = [next(left) for _ in range(3)]
         conditional = list(left)
-        return cls(*lists, *rest, conditional[: K - 1], conditional[K - 1 :])
+        gates, scales = conditional[: K - 1], conditional[K - 1 :]
+        return cls(*lists, *rest, gates, scales)  # pyright: ignore[reportCallIssue]
 
     @property
     def tensors(self) -> Tensors:

@@ -228,7 +228,8 @@ def run_chain_backward(
     visited = []
     for k in reversed(order):
         x = states.pop()
-        now = StepParameters(*(field[..., k] for field in step[:-1]), step.u_hat[..., k, :])
+        rest = (field[..., k] for field in step[:-1])
+        now = StepParameters(*rest, step.u_hat[..., k, :])  # pyright: ignore[reportCallIssue]
         t, q = torch.tanh(a[..., k]), sech2(a[..., k])
         dladj_da, dladj_dp, det = step_ladj_grads(a[..., k], now)
         h = (now.u_hat * g).sum(-1)
@@ -291,8 +292,10 @@ def planar_flow_backward(
     param_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dz, dw, du, db); the last three are empty when param_grads is False."""
-    grads = run_chain_backward(dz_K, dladj, z, w, u, a, centred, inverse=False)
-    return grads if param_grads else (grads[0], *(g.new_empty(0) for g in grads[1:]))
+    dz, dw, du, db = run_chain_backward(dz_K, dladj, z, w, u, a, centred, inverse=False)
+    if param_grads:
+        return dz, dw, du, db
+    return dz, dw.new_empty(0), du.new_empty(0), db.new_empty(0)
 
 
 def planar_flow_inverse_backward(
@@ -307,5 +310,7 @@ def planar_flow_inverse_backward(
     param_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dz_K, dw, du, db) by the implicit function theorem; empty as in `planar_flow_backward`."""
-    grads = run_chain_backward(dz, dladj, z_K, w, u, a, centred, inverse=True)
-    return grads if param_grads else (grads[0], *(g.new_empty(0) for g in grads[1:]))
+    dz_K, dw, du, db = run_chain_backward(dz, dladj, z_K, w, u, a, centred, inverse=True)
+    if param_grads:
+        return dz_K, dw, du, db
+    return dz_K, dw.new_empty(0), du.new_empty(0), db.new_empty(0)

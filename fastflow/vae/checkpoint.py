@@ -182,7 +182,7 @@ class _Reader:
             and all(type(value) in (int, float) for value in record.values())
             for epoch, record in enumerate(history, start=1)
         )
-        if not good:
+        if not isinstance(history, list) or not good:
             raise VaeError(f"{self.path}: the record of its epochs is malformed")
         return history
 

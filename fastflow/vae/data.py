@@ -107,7 +107,7 @@ def _load_digits() -> ImageData:
         raise VaeError(
             f"digits: needs scikit-learn, pip install 'fastflow[vae]' ({error})"
         ) from error
-    images = torch.from_numpy(load_digits().data).float().div_(16)
+    images = torch.from_numpy(load_digits(return_X_y=True)[0]).float().div_(16)
     is_test = torch.arange(len(images)) % 5 == 4
     return checked(ImageData(images[~is_test], images[is_test], (8, 8)))
 
@@ -119,7 +119,7 @@ def _download(name: str, root: Path) -> None:
     )
     try:
         # A torchvision that was built for another torch fails in several ways while importing.
-        from torchvision import datasets
+        from torchvision import datasets  # pyright: ignore[reportMissingImports]
     except (ImportError, RuntimeError, OSError) as error:
         raise VaeError(
             f"{name}: not all files are in {root} and no torchvision ({_one_line(error)}); "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
@@ -74,7 +74,7 @@ class Team:
         """What `make` returns in the first process, which alone calls it, in all of them."""
         if self.size == 1:
             return make()
-        content = [make() if self.is_first else None]
+        content: list[Any] = [make() if self.is_first else None]
         distributed.broadcast_object_list(content, 0)
         return content[0]
 

@@ -16,9 +16,11 @@ class Recorder(Protocol):
 
     def prepare(self, function: Callable[[], None]) -> None:
         """Calls a function as is, in the way that one that is to be recorded must be called."""
+        ...
 
     def record(self, function: Callable[[], None]) -> Callable[[], None]:
         """Records a function, which has no effect yet, and returns what repeats it."""
+        ...
 
 
 class CudaRecorder:

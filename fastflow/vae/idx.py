@@ -48,7 +48,7 @@ def read_images(path: Path) -> Tensor:
     return torch.frombuffer(values, dtype=torch.uint8).reshape(sizes)
 
 
-def _read_header(path: Path, file: BinaryIO) -> tuple[int, int, int]:
+def _read_header(path: Path, file: BinaryIO | gzip.GzipFile) -> tuple[int, int, int]:
     header = file.read(HEADER.size)
     if len(header) < HEADER.size:
         raise VaeError(f"{path}: {len(header)} bytes are too short for an IDX header")
@@ -63,7 +63,7 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[int, int, int]:
     return sizes[0], sizes[1], sizes[2]
 
 
-def _read_values(path: Path, file: BinaryIO, expected: int) -> bytearray:
+def _read_values(path: Path, file: BinaryIO | gzip.GzipFile, expected: int) -> bytearray:
     values = bytearray()
     while len(values) <= expected:  # one byte more is asked for, so that a longer file shows
         piece = file.read(min(CHUNK, expected + 1 - len(values)))

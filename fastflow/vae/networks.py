@@ -164,7 +164,8 @@ def _down(before: int, channels: int) -> tuple[nn.Module, nn.Module]:
 
 def _up(before: int, channels: int, shape: tuple[int, int]) -> tuple[nn.Module, nn.Module]:
     """Two convolutions, for the block and around it, that undo a halving of an image of shape."""
-    odd = tuple(1 - side % 2 for side in shape)  # 2 n or 2 n - 1 pixels have become n
+    height, width = shape
+    odd = 1 - height % 2, 1 - width % 2  # 2 n or 2 n - 1 pixels have become n
 
     def double() -> nn.Module:
         return weight_norm(

@@ -69,9 +69,11 @@ class Likelihood(Protocol):
 
     def nll(self, output: Tensor, x: Tensor) -> Tensor:
         """-log p(x | z), shape (*samples, B), of output (*samples, B, D) and images x (B, D)."""
+        ...
 
     def mean(self, output: Tensor) -> Tensor:
         """The expected image, shape of output."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class BernoulliLikelihood:
 
     def nll(self, output: Tensor, x: Tensor) -> Tensor:
         """-log p(x | z), shape (*samples, B), of logits (*samples, B, D) and images x (B, D)."""
+        ...
         target = x.expand_as(output)
         return nnf.binary_cross_entropy_with_logits(output, target, reduction="none").sum(-1)
 
@@ -105,6 +108,7 @@ class GaussianLikelihood:
 
     def nll(self, output: Tensor, x: Tensor) -> Tensor:
         """-log p(x | z), shape (*samples, B), of means (*samples, B, D) and images x (B, D)."""
+        ...
         constant = LOG_2PI + math.log(self.variance)
         return 0.5 * (constant + (x - output).square() / self.variance).sum(-1)
 
@@ -128,9 +132,11 @@ class SupportsElbo(Protocol):
 
     def infer(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Draws z (*samples, B, D) of the posterior of x, with log q(z | x) and the KL term."""
+        ...
 
     def decode(self, z: Tensor) -> Tensor:
         """The likelihood's parameters, shape (*samples, B, pixels)."""
+        ...
 
 
 def negative_elbo(model: SupportsElbo, x: Tensor, noise: Tensor) -> ElboTerms:

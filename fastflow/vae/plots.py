@@ -114,7 +114,7 @@ def draw_samples(
         side = math.isqrt(len(pictures))
         framed = pad(pictures.reshape(side, side, *shape), (1, 1, 1, 1))  # a gap between the images
         mosaic = framed.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
-        show_image(axes, mosaic, tuple(mosaic.shape))
+        show_image(axes, mosaic, (mosaic.shape[0], mosaic.shape[1]))
         axes.set(title=title, xlabel=labels[0], ylabel=labels[1])
     for axes in panels[len(mosaics) :]:
         axes.set_axis_off()

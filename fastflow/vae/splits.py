@@ -26,8 +26,8 @@ class Splits(NamedTuple):
 
     def to(self, device: torch.device) -> Splits:
         """The same images on a device."""
-        tensors = (images.to(device) for images in self[:3])
-        return Splits(*tensors, self.shape)
+        train, validation, test = (images.to(device) for images in self[:3])
+        return Splits(train, validation, test, self.shape)
 
 
 def split(data: ImageData, config: Config) -> Splits:

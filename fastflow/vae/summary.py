@@ -29,7 +29,7 @@ class Result:
 
     config: dict[str, Any]
     epochs: list[dict[str, float]]
-    test: dict[str, float | None]  # empty for a run that is not finished
+    test: dict[str, Any]  # numbers; empty for a run that is not finished
     seconds_per_step: float | None  # None where nothing was trained by the clock
 
 
@@ -103,7 +103,7 @@ def _row(posterior: str, results: Sequence[Result], first: Sequence[Result]) -> 
         errors = [result.test[f"{name}_error"] for result in results]
         figures[name] = mean(values)
         figures[f"{name}_error_over_seeds"] = _standard_error(values)
-        figures[f"{name}_error_over_images"] = None if None in errors else mean(errors)
+        figures[f"{name}_error_over_images"] = _mean_of_all(errors)
     name = "negative_log_likelihood"
     gains = [base.test[name] - own.test[name] for base, own in zip(first, results, strict=True)]
     seconds = [result.seconds_per_step for result in results]
@@ -114,9 +114,15 @@ def _row(posterior: str, results: Sequence[Result], first: Sequence[Result]) -> 
         importance_samples=results[0].test["importance_samples"],
         gain=mean(gains),
         gain_error_over_seeds=_standard_error(gains),
-        seconds_per_step=None if None in seconds else mean(seconds),
+        seconds_per_step=_mean_of_all(seconds),
         **figures,
     )
+
+
+def _mean_of_all(values: Sequence[float | None]) -> float | None:
+    """The mean, None where one of them is missing."""
+    known = [value for value in values if value is not None]
+    return mean(known) if len(known) == len(values) else None
 
 
 def _standard_error(values: Sequence[float]) -> float | None:

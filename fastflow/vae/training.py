@@ -228,7 +228,8 @@ class Run:
         """What is known of an epoch, whose mean terms in training are given."""
         test = mean_negative_elbo(self.model, self.data.test, self._generator("test", epoch))
         loss = reconstruction + kl
-        record = dict(zip(RECORD, (epoch, loss, -loss, reconstruction, kl, test), strict=True))
+        values = epoch, loss, -loss, reconstruction, kl, test
+        record: dict[str, float] = dict(zip(RECORD, values, strict=True))
         if self.config.validation:
             # The same noise in every epoch: what differs between them is the model.
             noise = self._generator("validation")

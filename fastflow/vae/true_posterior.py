@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -162,7 +163,7 @@ def kl_to_true(
 
 def fit(
     model: VAE,
-    parameters: list[Tensor],
+    parameters: Sequence[Tensor],
     images: Tensor,
     generator: torch.Generator,
     iterations: int,
