@@ -170,7 +170,7 @@ def pyro(case: Case) -> Model:
 
     def density(flow: nn.ModuleList, x: Tensor, *c: Tensor) -> Tensor:
         base = distributions.Normal(torch.zeros_like(x[0]), 1).to_event(1)
-        # the view is a new tensor, as a new batch is: known ones are answered from memory
+        # the view is a new tensor, as a new batch is: Pyro answers for known ones from its memory
         return distributions.TransformedDistribution(base, at(flow, c)).log_prob(x.view_as(x))
 
     def sample(flow: nn.ModuleList, z: Tensor, *c: Tensor) -> Tensor:

@@ -6,17 +6,16 @@ bijection a `Transform`, for `TransformedDistribution`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, Transform, constraints
+from torch.distributions.transforms import _InverseTransform
 
 from fastflow.bijections.base import Bijection, check_bijection, check_features, refuse_context
-from fastflow.functional.checks import check_tensors
-from fastflow.memo import Memo, tensors_of
-from fastflow.transforms import transforms_active
+from fastflow.functional.checks import as_shape, check_tensors
 
 if TYPE_CHECKING:
     from fastflow.flows import Flow
@@ -27,18 +26,16 @@ class BijectionTransform(Transform):
 
     .. math:: y = f(x; c), \qquad x, y \in \mathbb R^D
 
-    The value and its log-determinant come from one pass, in either direction: the determinant is
-    remembered for the `log_abs_det_jacobian` that follows, until it is asked for or until x, y, the
-    context or a parameter has changed. (Under torch.compile and function transforms nothing is
-    remembered.)
+    Nothing is remembered, so that nothing is stale after a change of a parameter, the context or a
+    point, and every value has the gradients that PyTorch would give it. A value and its
+    log-determinant take one pass each; `Flow.rsample_and_log_prob` gives both of one.
 
     Arguments:
         bijection: f.
         context: (\*context_batch, C), or None if f takes none. Its batch becomes part of the batch
             shape of a `TransformedDistribution`.
-        cache_size: 1 to keep the last pair x, y as well, as other transforms do: `inv` of a value
-            is then what the value was made of, unless a parameter has changed or gradients are
-            wanted that were not recorded.
+        cache_size: 0 or 1, as other transforms take it. It changes nothing: `inv` of a value is
+            always computed, for no cache would see every change of a parameter.
 
     Raises:
         TypeError: the bijection is none, or the context is missing, no tensor, or not taken.
@@ -64,7 +61,6 @@ class BijectionTransform(Transform):
         check_bijection(owner, "bijection", bijection)
         check_context(owner, bijection, context)
         self.bijection, self.context = bijection, context
-        self._ladj = Memo()
 
     def with_cache(self, cache_size: int = 1) -> BijectionTransform:
         """The transform with a cache of this size: itself, or another of the same bijection."""
@@ -72,30 +68,22 @@ class BijectionTransform(Transform):
             return self
         return type(self)(self.bijection, self.context, cache_size)
 
+    @property
+    def inv(self) -> Transform:
+        """The inverse as a transform; its own `inv` is this transform."""
+        if self._inv is None:
+            self._inv = InverseBijectionTransform(self)
+        return self._inv
+
     def __call__(self, x: Tensor) -> Tensor:
-        return super().__call__(x) if self._may_cache() else self._call(x)
+        return self.bijection(x, self.context)[0]
 
     def _inv_call(self, y: Tensor) -> Tensor:
-        return super()._inv_call(y) if self._may_cache() else self._inverse(y)
-
-    def _call(self, x: Tensor) -> Tensor:
-        y, ladj = self.bijection(x, self.context)
-        self._ladj.keep(self._inputs(x, y), (ladj,))
-        return y
-
-    def _inverse(self, y: Tensor) -> Tensor:
-        x, ladj = self.bijection.inverse(y, self.context)
-        self._ladj.keep(self._inputs(x, y), (-ladj,))
-        return x
+        return self.bijection.inverse(y, self.context)[0]
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        r"""log|det dy/dx| of a pair x, y (\*batch, D): shape (\*batch,)."""
-        known = self._ladj.recall(self._inputs(x, y))
-        if known is None:
-            return self.bijection(x, self.context)[1]
-        if not self._cache_size:
-            self._ladj.clear()  # it holds on to the graph
-        return known[0]
+        r"""log|det dy/dx| of a pair x, y (\*batch, D), computed from x: shape (\*batch,)."""
+        return self.bijection(x, self.context)[1]
 
     def forward_shape(self, shape: Sequence[int]) -> torch.Size:
         """The shape of y for one of x: the batch of the context is broadcast with its own."""
@@ -110,35 +98,26 @@ class BijectionTransform(Transform):
     inverse_shape = forward_shape
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__ | {"_inv": None, "_ladj": Memo()}
-        return state | {"_cached_x_y": (None, None)} if self._cache_size else state
+        return self.__dict__.copy()  # torch's own leaves the inverse out, which copies then lack
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({type(self.bijection).__name__})"
 
-    def _inputs(self, x: Tensor, y: Tensor) -> Iterator[Tensor]:
-        yield from (x, y)
-        if self.context is not None:
-            yield self.context
-        yield from tensors_of(self.bijection)
 
-    def _may_cache(self) -> bool:
-        """Whether pairs may be kept; one that is stale is forgotten."""
-        if not self._cache_size or transforms_active():
-            return False
-        x, y = self._cached_x_y
-        if x is not None and self._ladj.recall(self._inputs(x, y)) is None:
-            self._cached_x_y = None, None
-        return True
+class InverseBijectionTransform(_InverseTransform):
+    """The inverse of a `BijectionTransform`, which copies and pickles as that does."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__.copy()  # torch's own leaves out what it is the inverse of
 
 
 class FlowDistribution(Distribution):
     r"""A flow at a context, as `Flow.distribution` gives it.
 
     It follows the flow: its parameters, its device and its type are those of the moment of a call.
-    The last draw is remembered, so that `log_prob` of it, as inference libraries ask for, takes no
-    pass; not if it, the context or a parameter has changed meanwhile, or if gradients are wanted
-    that were not recorded.
+    Nothing is remembered: `log_prob` inverts the flow at whatever it is given, also at what was
+    just drawn, with gradients of parameters and points. Draws together with their density take one
+    pass by `rsample_and_log_prob`.
 
     Arguments:
         flow: p(x | c).
@@ -162,7 +141,6 @@ class FlowDistribution(Distribution):
     ) -> None:
         check_context(type(self).__name__, flow.bijection, context)
         self.flow, self.context = flow, context
-        self._draw = Memo()
         batch = torch.Size() if context is None else context.shape[:-1]
         super().__init__(batch, torch.Size((flow.features,)), validate_args)
 
@@ -186,20 +164,40 @@ class FlowDistribution(Distribution):
         """Raises NotImplementedError: estimate it from samples."""
         raise self._no_closed_form("variance", "samples")
 
+    @property
+    def mode(self) -> Tensor:
+        """Raises NotImplementedError: search for it by gradients of log_prob."""
+        raise self._no_closed_form("mode", "samples, and climb log_prob from the best of them")
+
     def entropy(self) -> Tensor:
         """Raises NotImplementedError: estimate it by -log_prob of samples."""
         raise self._no_closed_form("entropy", "the mean of -log_prob over samples")
+
+    def cdf(self, value: Tensor) -> Tensor:
+        """Raises NotImplementedError: estimate it from samples."""
+        raise self._no_closed_form("cdf", "the share of samples below the value")
+
+    def icdf(self, value: Tensor) -> Tensor:
+        """Raises NotImplementedError: estimate quantiles of each feature from samples."""
+        raise self._no_closed_form("icdf", "quantiles of samples, feature by feature")
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        """Raises NotImplementedError: the support is no finite set."""
+        raise NotImplementedError(
+            f"{type(self).__name__}: the support of a flow is continuous and cannot be enumerated; "
+            "draw samples"
+        )
 
     def expand(
         self, batch_shape: Sequence[int], _instance: FlowDistribution | None = None
     ) -> FlowDistribution:
         """The same flow for a larger batch; the context is expanded, not copied."""
         new = self._get_checked_instance(FlowDistribution, _instance)
-        batch = torch.Size(batch_shape)
+        batch = torch.Size(as_shape(type(self).__name__, "batch_shape", batch_shape))
         context = self.context
         if context is not None:
             context = context.expand(*batch, context.shape[-1])
-        new.flow, new.context, new._draw = self.flow, context, Memo()
+        new.flow, new.context = self.flow, context
         super(FlowDistribution, new).__init__(batch, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
@@ -208,36 +206,36 @@ class FlowDistribution(Distribution):
         r"""The log-density at values (\*batch, D), broadcast against `batch_shape`: (\*batch,)."""
         if self._validate_args:
             self._validate_sample(value)
-        drawn = self._draw.recall(self._inputs(value))
-        if drawn is not None:
-            return self.flow.base_log_prob(drawn[0]) - drawn[1]
         log_prob = self.flow.log_prob(value, self.context)
         return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
 
-    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        r"""Draws without gradients, (\*sample_shape, \*batch_shape, D)."""
-        with torch.no_grad():
-            return self._drawn(sample_shape)[0]
+    def sample(self, sample_shape: int | Sequence[int] = ()) -> Tensor:
+        r"""Draws without gradients, (\*sample_shape, \*batch_shape, D).
 
-    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        Arguments:
+            sample_shape: e.g. (10,); one integer n is (n,).
+
+        Raises:
+            TypeError, ValueError: the sample shape is none.
+        """
+        return self.flow.sample(self._shape(sample_shape), self.context)
+
+    def rsample(self, sample_shape: int | Sequence[int] = ()) -> Tensor:
         r"""Draws with gradients, (\*sample_shape, \*batch_shape, D).
 
         Raises:
+            TypeError, ValueError: as `sample`.
             NotImplementedError: the base distribution cannot be reparametrised.
         """
-        return self._drawn(sample_shape, reparametrised=True)[0]
+        return self.flow.rsample(self._shape(sample_shape), self.context)
 
-    def rsample_and_log_prob(self, sample_shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+    def rsample_and_log_prob(self, sample_shape: int | Sequence[int] = ()) -> tuple[Tensor, Tensor]:
         r"""Draws, (\*sample_shape, \*batch_shape, D), and their log-density, from one pass.
 
         Raises:
-            NotImplementedError: the base distribution cannot be reparametrised.
+            TypeError, ValueError, NotImplementedError: as `rsample`.
         """
-        x, z, ladj = self._drawn(sample_shape, reparametrised=True)
-        return x, self.flow.base_log_prob(z) - ladj
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_draw": Memo()}
+        return self.flow.rsample_and_log_prob(self._shape(sample_shape), self.context)
 
     def __repr__(self) -> str:
         return (
@@ -245,26 +243,16 @@ class FlowDistribution(Distribution):
             f"{self.batch_shape}, event_shape: {self.event_shape})"
         )
 
-    def _drawn(
-        self, sample_shape: Sequence[int], reparametrised: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        shape = torch.Size((*sample_shape, *self.batch_shape))
-        z = self.flow.base_sample(shape, reparametrised)
-        x, ladj = self.flow.bijection(z, self.context)
-        self._draw.keep(self._inputs(x), (z, ladj))
-        return x, z, ladj
+    def _shape(self, sample_shape: int | Sequence[int]) -> tuple[int, ...]:
+        """The shape to ask the flow for; a context brings the batch shape itself."""
+        shape = as_shape(type(self).__name__, "sample_shape", sample_shape)
+        return shape if self.context is not None else (*shape, *self.batch_shape)
 
     def _no_closed_form(self, what: str, estimator: str) -> NotImplementedError:
         return NotImplementedError(
             f"{type(self).__name__}: the {what} of a flow has no closed form; estimate it from "
             f"{estimator}"
         )
-
-    def _inputs(self, x: Tensor) -> Iterator[Tensor]:
-        yield x
-        if self.context is not None:
-            yield self.context
-        yield from tensors_of(self.flow)
 
 
 def check_context(owner: str, bijection: Bijection, context: Tensor | None) -> None:

@@ -13,7 +13,7 @@ from fastflow.bijections.autoregressive import MaskedAffineAutoregressive
 from fastflow.bijections.base import Bijection, check_bijection, positive_int, refuse_context
 from fastflow.bijections.composition import Chain, Inverse
 from fastflow.distributions import FlowDistribution
-from fastflow.functional.checks import check_tensors
+from fastflow.functional.checks import as_shape, check_tensors
 from fastflow.memo import tensors_of
 from fastflow.scales import Scale
 
@@ -99,34 +99,52 @@ class Flow(nn.Module):
         z, ladj = self.bijection.inverse(x, context)
         return self.base_log_prob(z) + ladj
 
-    def sample(self, shape: Sequence[int] = (), context: Tensor | None = None) -> Tensor:
+    def sample(self, shape: int | Sequence[int] = (), context: Tensor | None = None) -> Tensor:
         r"""Draws without gradients.
 
         Arguments:
-            shape: the sample shape, e.g. (n,).
+            shape: the sample shape, e.g. (n,), for which n may be written.
             context: (\*context_batch, C), or None.
 
         Returns:
             x, (\*shape, \*context_batch, D).
+
+        Raises:
+            TypeError, ValueError: the shape is none, or the context does not fit.
         """
         with torch.no_grad():
             x, _ = self.bijection(self._draw(shape, context), context)
         return x
 
+    def rsample(self, shape: int | Sequence[int] = (), context: Tensor | None = None) -> Tensor:
+        r"""Draws with gradients.
+
+        Arguments:
+            shape, context: as in `sample`.
+
+        Returns:
+            x, (\*shape, \*context_batch, D).
+
+        Raises:
+            TypeError, ValueError: as `sample`.
+            NotImplementedError: the base distribution cannot be reparametrised.
+        """
+        x, _ = self.bijection(self._draw(shape, context, reparametrised=True), context)
+        return x
+
     def rsample_and_log_prob(
-        self, shape: Sequence[int] = (), context: Tensor | None = None
+        self, shape: int | Sequence[int] = (), context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         r"""Draws with gradients, and the log-density of the draws from the same pass.
 
         Arguments:
-            shape: the sample shape, e.g. (n,).
-            context: (\*context_batch, C), or None.
+            shape, context: as in `sample`.
 
         Returns:
             x (\*shape, \*context_batch, D) and log p(x | context) (\*shape, \*context_batch).
 
         Raises:
-            NotImplementedError: the base distribution cannot be reparametrised.
+            TypeError, ValueError, NotImplementedError: as `rsample`.
         """
         z = self._draw(shape, context, reparametrised=True)
         x, ladj = self.bijection(z, context)
@@ -168,19 +186,23 @@ class Flow(nn.Module):
         return torch.randn(*shape, self.features, **like)
 
     def _draw(
-        self, shape: Sequence[int], context: Tensor | None, reparametrised: bool = False
+        self, shape: int | Sequence[int], context: Tensor | None, reparametrised: bool = False
     ) -> Tensor:
-        if not isinstance(shape, Sequence):
-            raise TypeError(f"Flow: shape is {shape!r}, must be a sequence of integers, e.g. (10,)")
-        if any(size < 0 for size in shape):
-            raise ValueError(f"Flow: shape is {tuple(shape)}, must have no negative size")
-        batch = ()
+        shape, batch = as_shape("Flow", "shape", shape), ()
         if context is not None:
             if not self.bijection.context_features:
                 refuse_context("Flow", context)
             check_tensors("Flow", context=context)
             batch = context.shape[:-1]
-        return self.base_sample(torch.Size((*shape, *batch)), reparametrised)
+        try:
+            return self.base_sample(torch.Size((*shape, *batch)), reparametrised)
+        except NotImplementedError:
+            if not reparametrised:
+                raise
+            raise NotImplementedError(
+                "Flow: its base distribution cannot be reparametrised (has_rsample is False); "
+                "`sample` draws from it without gradients"
+            ) from None
 
 
 class MAF(Flow):

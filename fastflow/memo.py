@@ -1,14 +1,11 @@
-"""Remembers what was computed of tensors for as long as they are what they were."""
+"""Which tensors there are, and whether they are what they were."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
 
-import torch
 from torch import Tensor, nn
-
-from fastflow.transforms import transforms_active
 
 
 class Snapshot:
@@ -28,41 +25,6 @@ class Snapshot:
             if reference() is not tensor or state is None or state != _state(tensor):
                 return False
         return True
-
-
-class Memo:
-    """One result, which is forgotten when something that it was computed from changes.
-
-    It remembers nothing under torch.compile and function transforms, whose tensors are no values.
-    """
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        """Forgets."""
-        self._entry: tuple[Snapshot, bool, tuple[Tensor, ...]] | None = None
-
-    def keep(self, inputs: Iterable[Tensor], result: tuple[Tensor, ...]) -> None:
-        """Remembers the result of these inputs, and nothing else."""
-        self.clear()
-        if not transforms_active():
-            self._entry = Snapshot(inputs), torch.is_grad_enabled(), result
-
-    def recall(self, inputs: Iterable[Tensor]) -> tuple[Tensor, ...] | None:
-        """The result of these inputs, if it is the one that is remembered.
-
-        One that was computed without gradients is none where they are wanted.
-        """
-        if self._entry is None or transforms_active():
-            return None
-        snapshot, recorded, result = self._entry
-        inputs = list(inputs)
-        if not snapshot.holds(inputs):
-            return None
-        if not torch.is_grad_enabled():
-            return tuple(tensor.detach() for tensor in result)
-        return result if recorded or not any(tensor.requires_grad for tensor in inputs) else None
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:

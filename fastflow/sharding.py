@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-METHODS = ("inverse", "log_prob", "sample", "rsample_and_log_prob")
+METHODS = ("inverse", "log_prob", "sample", "rsample", "rsample_and_log_prob")
 
 
 def register_fsdp_methods(module: nn.Module) -> None:

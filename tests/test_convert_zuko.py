@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -336,3 +337,15 @@ def test_torch_compile() -> None:
     compiled = torch.compile(compiled, fullgraph=True, backend="aot_eager")
     for want, found in zip(layer(x, c), compiled(x, c), strict=True):
         torch.testing.assert_close(found, want, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))], ids=["copy", "pickle"]
+)
+def test_inverses_are_copied_and_pickled(copied: Callable) -> None:
+    flow = zuko.flows.MAF(3, transforms=1)
+    fastflow.convert(flow)
+    inverse = next(one for one in flow.modules() if hasattr(one, "hyper"))().inv
+    again, y = copied(inverse), torch.randn(5, 3)
+    assert torch.equal(again(y), inverse(y)) and again.inv.inv is again
+    assert torch.equal(copied(inverse.inv).inv(y), inverse(y))

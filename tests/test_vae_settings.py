@@ -1,7 +1,9 @@
 """Settings: their checks, what they do to the images, and what they schedule."""
 
+import json
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import torch
 from vae_files import SHAPE, random_images
@@ -98,6 +100,15 @@ def test_bad_values_are_refused(name):
         Config(**{name: value})
     with pytest.raises(VaeError, match=f"^{name}: "):
         Config.from_dict(asdict(Config()) | {name: value})
+
+
+def test_counts_of_numpy_are_counts():
+    config = Config(latent=np.int64(3), seed=np.uint8(5), batch_size=np.int32(7))
+    assert config == Config(latent=3, seed=5, batch_size=7)
+    assert json.loads(json.dumps(asdict(config)))["latent"] == 3
+    for wrong in (True, np.bool_(True), 2.0, np.float64(2), "2"):
+        with pytest.raises(VaeError, match=r"latent: .* must be of type int"):
+            Config(latent=wrong)
 
 
 @pytest.mark.parametrize(

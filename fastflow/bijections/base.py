@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import SupportsIndex
+
 import torch
 from torch import Tensor, nn
 
-from fastflow.functional.checks import broadcast_batches
+from fastflow.functional.checks import as_int, broadcast_batches
 
 
 class Bijection(nn.Module):
@@ -80,18 +82,19 @@ class Bijection(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no inverse")
 
 
-def positive_int(owner: str, name: str, value: int, least: int = 1) -> int:
-    """The value, if it is an integer no smaller than `least`.
+def positive_int(owner: str, name: str, value: SupportsIndex, least: int = 1) -> int:
+    """The value as Python's own int, if it is an integer of any kind no smaller than `least`.
 
     Raises:
         TypeError: it is not an integer.
         ValueError: it is too small.
     """
-    if isinstance(value, bool) or not isinstance(value, int):
+    count = as_int(value)
+    if count is None:
         raise TypeError(f"{owner}: {name} is {value!r}, must be an integer")
-    if value < least:
-        raise ValueError(f"{owner}: {name} is {value}, must be at least {least}")
-    return value
+    if count < least:
+        raise ValueError(f"{owner}: {name} is {count}, must be at least {least}")
+    return count
 
 
 def check_bijection(owner: str, name: str, value: Bijection) -> None:
@@ -99,7 +102,7 @@ def check_bijection(owner: str, name: str, value: Bijection) -> None:
     kind = type(value).__name__
     if not isinstance(value, Bijection):
         raise TypeError(f"{owner}: {name} is a {kind}, must be a fastflow.Bijection")
-    if not isinstance(getattr(value, "features", None), int):
+    if as_int(getattr(value, "features", None)) is None:
         raise TypeError(f"{owner}: {name}, a {kind}, must have an integer attribute `features`")
 
 

@@ -91,11 +91,11 @@ class MADE(Arranged):
         if order is not None and adjacency is not None:
             raise ValueError("MADE: order and adjacency are both given, must be one of them")
         inner = self.hidden_features[:1] * self.residual + self.hidden_features
-        widths = [features, *inner, features * params_per_feature]
+        widths = [self.features, *inner, self.features * self.params_per_feature]
         self.layers = nn.ModuleList(map(nn.Linear, widths, widths[1:]))
         self.context_layer = None
-        if context_features:
-            self.context_layer = nn.Linear(context_features, widths[1], bias=False)
+        if self.context_features:
+            self.context_layer = nn.Linear(self.context_features, widths[1], bias=False)
         try:
             if adjacency is None:
                 self._arrange("order", masks.ranks(order, self.features))

@@ -128,12 +128,12 @@ class ConditionalPlanarFlow(Bijection):
         self.constraint = check_constraint(owner, constraint)
         if not isinstance(hidden_features, Sequence):
             raise TypeError(f"{owner}: hidden_features is {hidden_features!r}, must be a sequence")
-        widths = [context_features]
+        widths = [self.context_features]
         widths += [positive_int(owner, "hidden_features", width) for width in hidden_features]
         layers: list[nn.Module] = []
         for fan_in, fan_out in pairwise(widths):
             layers += [nn.Linear(fan_in, fan_out), nn.ELU()]
-        layers.append(_ChainParameters(widths[-1], features, steps, self.constraint))
+        layers.append(_ChainParameters(widths[-1], self.features, self.steps, self.constraint))
         self.network = nn.Sequential(*layers)
 
     def reset_parameters(self) -> None:

@@ -3,6 +3,9 @@
 Noise to data is their parallel direction. A layer that takes a context makes a transform of it, by
 `condition`; a converted layer makes a fast one.
 
+Pyro's transforms remember the last pair of points, and answer with it whatever has happened to the
+parameters since. Converted ones compute whatever they are asked for.
+
 Layout: a network takes c and x side by side, and its outputs are m_1 .. m_D, a_1 .. a_D.
 
 Source:
@@ -12,7 +15,6 @@ Source:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -22,30 +24,44 @@ from pyro.distributions.conditional import ConditionalTransformModule
 from pyro.distributions.transforms.planar import ConditionedPlanar as OriginalConditionedPlanar
 from pyro.nn.auto_reg_nn import MaskedLinear
 from torch import Tensor, nn
+from torch.distributions import Transform
 
 from fastflow.bijections.base import check_features
 from fastflow.convert.activations import check_hooks, one_activation
 from fastflow.convert.joined import JoinedLayer
 from fastflow.convert.layer import Converted, Unsupported
-from fastflow.convert.remembering import Remembering
 from fastflow.functional.autoregressive import autoregressive, autoregressive_inverse
 from fastflow.functional.planar_flow import planar_flow, planar_flow_inverse
-from fastflow.memo import tensors
 from fastflow.scales import Clamp, Gate, Scale
 
 
-class ConvertedTransform(Remembering, Converted):
-    """A converted layer that is a transform itself, with a memory."""
+class Computed(Transform):
+    """A transform that gives values and log-determinants by `compute`, and remembers nothing."""
+
+    def compute(self, point: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        """y of a point x, or with `inverse` x of a point y; and the ladj from x to y."""
+        raise NotImplementedError(f"{type(self).__name__} has no compute")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.compute(x, inverse=False)[0]
+
+    def _inv_call(self, y: Tensor) -> Tensor:
+        return self.compute(y, inverse=True)[0]
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.compute(x, inverse=False)[1]
+
+
+class ConvertedTransform(Computed, Converted):
+    """A converted layer that is a transform itself."""
+
+    remembered: str
+    """The attribute in which the original keeps the log-determinant of its last pair of points."""
 
     def adopt(self, layer: nn.Module) -> None:
         super().adopt(layer)
-        layer.forget()
-
-    def restore(self) -> None:
-        self.forget()
-        for name in self.memory:
-            del self.__dict__[name]
-        super().restore()
+        # it would be old if the layer became the original again, and has no copy
+        layer.__dict__.update({"_cached_x_y": (None, None), self.remembered: None})
 
 
 class MaskedNetwork(JoinedLayer):
@@ -69,11 +85,6 @@ class MaskedNetwork(JoinedLayer):
     def layers(self) -> list[MaskedLinear]:
         return list(self.hyper.layers)
 
-    def made_of(self) -> list[Tensor]:
-        """All parameters."""
-        layers = self.layers()
-        return tensors(layers, "weight") + tensors(layers, "bias")
-
     def check(self) -> None:
         hyper = self.hyper
         if type(hyper) is not self.kind:
@@ -89,22 +100,25 @@ class MaskedNetwork(JoinedLayer):
         self._scale = scale_of(**self.options)
 
 
-class AffineStep(Remembering):
+class AffineStep(Computed):
     """The affine transform that a masked network makes."""
 
     def compute(self, point: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         network = self.network()
         if network is None:
-            name = ("_inverse" if inverse else "_call") + "_stable" * self.stable
-            image = getattr(transforms.AffineAutoregressive, name)(self, point)
-            return image, self._cached_log_scale.sum(-1)
+            return self._by_pyro(point, inverse)
         if not inverse:
             return autoregressive(point, **network)
         x, ladj = autoregressive_inverse(point, **network)
         return x, -ladj
 
-    def nothing(self) -> dict[str, Any]:
-        return super().nothing() | {"_cached_log_scale": None}
+    def _by_pyro(self, point: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        """As `compute`, by the library's own code, which leaves the ladj in an attribute."""
+        original = object.__new__(transforms.AffineAutoregressive)  # of this call, of this thread
+        original.__dict__.update(self.__dict__)
+        name = ("_inverse" if inverse else "_call") + "_stable" * self.stable
+        image = getattr(transforms.AffineAutoregressive, name)(original, point)
+        return image, original._cached_log_scale.sum(-1)
 
 
 class AffineAutoregressive(
@@ -113,6 +127,7 @@ class AffineAutoregressive(
     """Converts `pyro.distributions.transforms.AffineAutoregressive`."""
 
     kind = networks.AutoRegressiveNN
+    remembered = "_cached_log_scale"
 
     @property
     def hyper(self) -> networks.ConditionalAutoRegressiveNN:
@@ -136,20 +151,16 @@ class Conditional(ConditionalTransformModule):
         transform = super().condition(context)
         transform.__class__ = self.conditioned
         transform.__dict__.update(layer=partial(_same, self), context=context)
-        transform.forget()
         return transform
 
 
-class Conditioned(Remembering):
+class Conditioned(Computed):
     """A transform that a converted layer made of a context.
 
     Attributes:
         layer: gives the layer; not the layer itself, which would become a submodule.
         context: (*batch, C).
     """
-
-    def made_of(self) -> list[Tensor]:
-        return [*self.layer().made_of(), self.context]
 
 
 class ConditionedAffineAutoregressive(AffineStep, Conditioned, transforms.AffineAutoregressive):
@@ -180,7 +191,7 @@ class ConditionalAffineAutoregressive(
         return super().condition(context)
 
 
-class PlanarStep(Remembering):
+class PlanarStep(Computed):
     """A planar transform. Unlike Pyro's it has an inverse."""
 
     def compute(self, point: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
@@ -191,18 +202,14 @@ class PlanarStep(Remembering):
         x, ladj = planar_flow_inverse(point, *chain)
         return x, -ladj
 
-    def nothing(self) -> dict[str, Any]:
-        return super().nothing() | {"_cached_logDetJ": None}
-
 
 class Planar(PlanarStep, ConvertedTransform, transforms.Planar):
     """Converts `pyro.distributions.transforms.Planar`."""
 
+    remembered = "_cached_logDetJ"
+
     def prepare(self) -> None:
         """It needs nothing, and has no settings."""
-
-    def made_of(self) -> Sequence[Tensor]:
-        return self._params()
 
 
 class ConditionedPlanar(PlanarStep, Conditioned, OriginalConditionedPlanar):
@@ -214,13 +221,8 @@ class ConditionalPlanar(Conditional, Converted, transforms.ConditionalPlanar):
 
     conditioned = ConditionedPlanar
 
-    def made_of(self) -> list[Tensor]:
-        """All parameters."""
-        return list(self.parameters())
-
     def prepare(self) -> None:
-        if not isinstance(self.nn, nn.Module):
-            raise Unsupported("its network is a function, whose parameters cannot be seen")
+        """It needs nothing, and has no settings."""
 
 
 def _same(layer: nn.Module) -> nn.Module:

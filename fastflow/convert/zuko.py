@@ -16,6 +16,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 from torch.distributions import Transform
@@ -73,12 +74,18 @@ class AutoregressiveTransform(transforms.AutoregressiveTransform):
             self._inv = InverseTransform(self)
         return self._inv
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__.copy()  # torch's own leaves the inverse out, which copies then lack
+
 
 class InverseTransform(_InverseTransform):
     """The inverse of an `AutoregressiveTransform`, with its log-determinant from the same sweep."""
 
     def call_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         return self._inv.inverse_and_ladj(y)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__.copy()  # torch's own leaves out what it is the inverse of
 
 
 class MaskedAutoregressiveTransform(JoinedLayer, flows.MaskedAutoregressiveTransform):

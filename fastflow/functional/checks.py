@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterable
+from typing import SupportsIndex
+
 import torch
 from torch import Tensor
 
@@ -38,3 +42,48 @@ def broadcast_batches(op: str, **batches: torch.Size) -> torch.Size:
     except RuntimeError:
         shown = ", ".join(f"{name} {tuple(batch)}" for name, batch in batches.items())
         raise ValueError(f"{op}: these batches do not broadcast: {shown}") from None
+
+
+def as_int(value: object) -> int | None:
+    """An integer of any kind, NumPy's say, as Python's own; None of everything else, and of a bool.
+
+    Sizes that torch.export or torch.compile leave open stay as they are.
+    """
+    if isinstance(value, (bool, torch.SymBool)):
+        return None
+    if isinstance(value, (int, torch.SymInt)):
+        return value
+    if isinstance(value, Tensor) and value.dtype == torch.bool:
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def as_shape(
+    owner: str, name: str, shape: SupportsIndex | Iterable[SupportsIndex]
+) -> tuple[int, ...]:
+    """A shape as a tuple of sizes; one integer n is (n,).
+
+    Raises:
+        TypeError: it is no integer and holds other things than integers, or is a tensor.
+        ValueError: a size is negative.
+    """
+    if isinstance(shape, Tensor):  # a context, most likely
+        sizes = (None,)
+    elif isinstance(shape, (tuple, list)):
+        sizes = tuple(map(as_int, shape))
+    else:
+        one = as_int(shape)
+        several = one is None and isinstance(shape, Iterable)
+        sizes = tuple(map(as_int, shape)) if several else (one,)
+    if any(size is None for size in sizes):
+        tensor = isinstance(shape, Tensor)
+        shown = f"a tensor of shape {tuple(shape.shape)}" if tensor else repr(shape)
+        raise TypeError(
+            f"{owner}: {name} is {shown}, must be an integer or a sequence of integers, e.g. (10,)"
+        )
+    if any(size < 0 for size in sizes):
+        raise ValueError(f"{owner}: {name} is {sizes}, must have no negative size")
+    return sizes

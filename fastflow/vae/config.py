@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from fastflow.functional.checks import as_int
 from fastflow.functional.planar_flow import CONSTRAINTS
 from fastflow.vae.data import NAMES
 from fastflow.vae.errors import VaeError
@@ -81,7 +82,9 @@ class Config:
     def __post_init__(self) -> None:
         for field in fields(self):
             value, expected = getattr(self, field.name), type(field.default)
-            if type(value) is not expected:  # exact: True is no number of epochs
+            if expected is int and (count := as_int(value)) is not None:  # NumPy's, say
+                object.__setattr__(self, field.name, count)
+            elif type(value) is not expected:  # exact: True is no number of epochs
                 raise VaeError(f"{field.name}: {value!r} must be of type {expected.__name__}")
         for name in ("posterior", *CHOICES):
             if (value := getattr(self, name)) not in choices(name):
