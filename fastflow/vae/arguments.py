@@ -41,7 +41,7 @@ def _add_train(train: argparse.ArgumentParser) -> None:
     train.add_argument(
         "--resume",
         action="store_true",
-        help="continue the run in DIR, or start it; settings that are not given are the run's",
+        help="continue the run in DIR, which must exist; settings that are not given are the run's",
     )
     add_data_root(train)
     add_settings(train, SETTINGS)
@@ -89,7 +89,12 @@ def _add_sample(sample: argparse.ArgumentParser) -> None:
 
 def _add_plot(plot: argparse.ArgumentParser) -> None:
     plot.add_argument(
-        "--runs", type=Path, nargs="+", required=True, metavar="DIR", help="run folders"
+        "--runs",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="DIR",
+        help="run folders, or their models",
     )
     add_folder(plot, "--out", "learning curves of all runs on one axis, and more")
     add_data_root(plot)
@@ -101,8 +106,8 @@ def _add_true(true: argparse.ArgumentParser) -> None:
         "--decoder",
         type=Path,
         metavar="FILE",
-        help="a model.safetensors, whose decoder is used on test images; if not given, a model is "
-        "trained on the first training images alone",
+        help="a model.safetensors or its run folder, whose decoder is used on test images; if not "
+        "given, a model is trained on the first training images alone",
     )
     add_posteriors(true)
     add_count(true, "--images", "how many", 4)

@@ -84,7 +84,11 @@ def add_posteriors(parser: argparse.ArgumentParser) -> None:
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """Adds --checkpoint, which every command on a trained model needs."""
     parser.add_argument(
-        "--checkpoint", type=Path, required=True, metavar="FILE", help="a model.safetensors"
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="a model.safetensors, or the run folder that holds one",
     )
 
 
