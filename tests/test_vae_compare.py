@@ -373,7 +373,7 @@ def test_curves_are_named_by_what_tells_the_runs_apart():
 
 def test_plot_errors(tmp_path, images, capsys):
     assert call("plot", "--runs", tmp_path) == 2
-    assert "model.safetensors: not a file" in complaint(capsys)
+    assert "is no run folder, it has no model.safetensors" in complaint(capsys)
     assert call("plot") == 2
     assert "required: --runs" in complaint(capsys)
     for name, how in (("a", "none"), ("b", "static")):
