@@ -155,6 +155,11 @@ USAGE = {
     "learning rate": (["train", "--out", "x", "--lr", "nan"], "lr: nan must be positive"),
     "seed": (["train", "--out", "x", "--seed", "-1"], "seed: -1 must be within"),
     "threads": (["train", "--out", "x", "--threads", "0"], "--threads: must be at least 1"),
+    "too many threads": (["train", "--threads", "9" * 20], "--threads: must be at most 4096, not"),
+    "a huge grid": (
+        ["sample", "--out", "x.png", "--checkpoint", "y", "--grid", "10000000"],
+        "--grid: must be at most 256, not 10000000",
+    ),
     "grid": (["sample", "--out", "x.png", "--checkpoint", "y", "--grid", "0"], "--grid: must be"),
     "no checkpoint": (["sample", "--out", "x.png", "--checkpoint", "y"], "y: not a file"),
     "suffix": (["sample", "--out", "a/x.jpg", "--checkpoint", "y"], "end in .png, not 'x.jpg'"),
@@ -295,6 +300,10 @@ def test_commands_take_run_folders_and_checkpoints(tmp_path, images, capsys):
     for path in (other, other / "model.safetensors"):
         assert call("plot", "--runs", path) == 2
         assert "b: is no run folder, it has no config.json and no metrics.json" in complaint(capsys)
+    for record in (1, {}, {"epoch": 1}):
+        (run / "metrics.json").write_text(json.dumps({"epochs": [record], "test": {}}))
+        assert call("plot", "--runs", run, *root) == 2
+        assert "metrics.json: the record of its epochs is malformed" in complaint(capsys)
     assert call("plot", "--runs", run / "config.json") == 2
     assert "is neither a run folder nor the model.safetensors of one" in complaint(capsys)
 

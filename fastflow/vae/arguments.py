@@ -78,7 +78,7 @@ def _add_evaluate(evaluate: argparse.ArgumentParser) -> None:
 def _add_sample(sample: argparse.ArgumentParser) -> None:
     add_checkpoint(sample)
     add_file(sample, "--out", ".png", "the picture, FILE.png", required=True)
-    add_count(sample, "--grid", "images per side", 8)
+    add_count(sample, "--grid", "images per side", 8, most=256)
     sample.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of the draws (default: 0)"
     )
@@ -166,5 +166,5 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--device", choices=("cpu", "cuda", "auto"), default="auto", help="default: auto"
         )
-        add_count(command, "--threads", "of the CPU")
+        add_count(command, "--threads", "of the CPU", most=1 << 12)
     return parser
