@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastflow import kernels, native
+from fastflow.notices import warn
 
 
 @dataclass(frozen=True)
@@ -212,11 +212,10 @@ def _automatic(op: str, device: str) -> tuple[Backend, Callable]:
                 return _registry[candidate], function
         elif (candidate, device) not in _warned:
             _warned.add((candidate, device))
-            warnings.warn(
+            warn(
                 f"{op}: the {candidate} backend is not available for {device} tensors ({reason}); "
                 "a slower one takes its place. `python -m fastflow` says what to do.",
                 RuntimeWarning,
-                stacklevel=6,
             )
     return _given(op, "reference")
 

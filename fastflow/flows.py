@@ -15,6 +15,7 @@ from fastflow.bijections.composition import Chain, Inverse
 from fastflow.distributions import FlowDistribution
 from fastflow.functional.checks import as_shape, check_tensors
 from fastflow.memo import tensors_of
+from fastflow.notices import once
 from fastflow.scales import Scale
 
 HALF_LOG_TAU = 0.5 * math.log(2 * math.pi)
@@ -313,20 +314,14 @@ def _stack(
         if order == "random"
         else [(None, "reverse")[i % 2] for i in range(count)]
     )
-    return Chain(
-        *(
-            MaskedAffineAutoregressive(
-                features,
-                hidden_features,
-                context_features,
-                activation,
-                layer_order,
-                residual,
-                scale,
+    layers = (hidden_features, context_features, activation)
+    with once():
+        return Chain(
+            *(
+                MaskedAffineAutoregressive(features, *layers, layer_order, residual, scale)
+                for layer_order in orders
             )
-            for layer_order in orders
         )
-    )
 
 
 def _zero_like(module: nn.Module) -> Tensor:

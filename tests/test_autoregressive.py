@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from conftest import Target, target_id, targets
@@ -11,7 +13,8 @@ from torch.autograd import forward_ad
 
 import fastflow
 from fastflow import masks
-from fastflow.functional import autoregressive, autoregressive_inverse
+from fastflow.functional import autoregressive, autoregressive_inverse, made
+from fastflow.functional import stairs as checks
 from fastflow.scales import Clamp, Gate, Scale, SoftClip
 
 OPS = {"forward": "autoregressive_forward", "inverse": "autoregressive_inverse"}
@@ -257,6 +260,46 @@ def test_stairs_that_change_are_looked_at_again() -> None:
     with torch.inference_mode():  # its tensors do not tell that they change
         stairs = given.stairs.clone()
         autoregressive(given.x, **given.network | {"stairs": stairs})
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("op", [autoregressive, autoregressive_inverse, made])
+def test_stairs_are_those_of_the_weights(target: Target, op: Callable, known: bool) -> None:
+    """As many units in all are not enough, though the stairs were seen with others."""
+    given, other = (problem(3, 2, widths).to(target.device) for widths in ((5, 5), (4, 6)))
+    stairs = given.stairs
+    if known:
+        op(given.x, **given.network | {"stairs": stairs})
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"levels of \(2, 4, 6, 4\) units"):
+            op(other.x, **other.network | {"stairs": stairs})
+
+
+@pytest.mark.parametrize("direction", OPS)
+def test_stairs_changed_behind_the_back_of_pytorch_compute_nothing(direction: str) -> None:
+    """The compiled op itself looks at them, at every call."""
+    if "cpp" not in fastflow.backends.available("cpu"):
+        pytest.skip("the compiled backend is not there")
+    given = problem(3, 4, (8, 8, 8), residual=True)
+    op = autoregressive if direction == "forward" else autoregressive_inverse
+    tight, loose = given.stairs, masks.staircase(given.degrees, strict=False)
+    given.degrees[3] = given.degrees[3].flip(0)
+    for wrong in (loose, given.stairs):  # an output sees its feature; blocks that do not fit
+        stairs = tight.clone()
+        op(given.x, **given.network | {"stairs": stairs})
+        stairs.data.copy_(wrong)
+        with pytest.raises((ValueError, RuntimeError), match="stairs"):
+            op(given.x, **given.network | {"stairs": stairs})
+
+
+def test_stairs_made_in_inference_mode_leave_nothing_behind() -> None:
+    given = problem(3, 4, (8,))
+    with torch.inference_mode(), fastflow.use_backend("reference"):
+        stairs = given.stairs.clone()
+        before = len(checks._checked)
+        for _ in range(3):
+            autoregressive(given.x, **given.network | {"stairs": stairs})
+    assert len(checks._checked) == before
 
 
 def test_the_raw_op_does_not_walk_off_stairs_that_see_themselves() -> None:

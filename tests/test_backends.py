@@ -70,6 +70,7 @@ def test_fallback_warns_once_and_only_when_it_happens() -> None:
             for _ in range(2):
                 backends._selected.clear()  # as for another op: each looks for a backend again
                 fastflow.PlanarFlow(2)(torch.zeros(3, 2))
+        assert all(warning.filename == __file__ for warning in caught)  # the user's line
         return [str(warning.message) for warning in caught]
 
     backends._order["cpu"] = []

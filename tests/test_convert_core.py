@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 
 import pytest
 import torch
@@ -115,6 +116,34 @@ def test_revert_gives_back_what_was_there(model: nn.Module) -> None:
     assert [dict(module._load_state_dict_post_hooks) for module in model.modules()] == hooks
     assert all(map(torch.equal, model["flow"](x), want))
     fastflow.revert(model)  # nothing to do
+
+
+class Posterior:
+    """As sbi has them: no module, but with a network in an attribute, or in its potential's."""
+
+    def __init__(self, **attributes: object) -> None:
+        self.__dict__.update(attributes)
+
+
+@pytest.mark.parametrize("function", [fastflow.convert, fastflow.revert])
+def test_a_module_inside_something_else_is_found(function) -> None:
+    net = nn.Linear(2, 2)
+    direct = Posterior(prior=torch.distributions.Normal(0, 1), _same=net, posterior_estimator=net)
+    direct.itself = direct
+    potential = Posterior(potential_fn=Posterior(likelihood_estimator=nn.Tanh()))
+    ensemble = Posterior(posteriors=[direct, Posterior(net=nn.Tanh())], weights={"a": nn.ReLU()})
+    for model, paths in (
+        (direct, ["posterior_estimator"]),
+        (potential, ["potential_fn.likelihood_estimator"]),
+        (ensemble, ["posteriors[0].posterior_estimator", "posteriors[1].net", "weights['a']"]),
+    ):
+        shown = ", ".join(f"{function.__name__}(model.{path})" for path in paths)
+        message = f"model is a Posterior, must be a torch.nn.Module; there are some in it: {shown}"
+        with pytest.raises(TypeError, match=re.escape(message) + "$"):
+            function(model)
+    deep = Posterior(a=Posterior(b=Posterior(c=net)))
+    with pytest.raises(TypeError, match=r"model is a Posterior, must be a torch\.nn\.Module$"):
+        function(deep)
 
 
 @pytest.mark.parametrize("function", [fastflow.convert, fastflow.revert])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from conftest import Target, target_id, targets
 from masked_oracle import ACTIVATIONS, Problem, problem
 from torch.nn.utils import parametrize
 
+import fastflow
 from fastflow import MADE, masks
 from fastflow.functional import autoregressive, autoregressive_inverse, made, masked_linear
 
@@ -206,6 +208,44 @@ def test_too_narrow_layers_warn_with_names() -> None:
         MADE(8, 2, (7, 16))
         MADE(8, 2, (8, 16), context_features=1)
         MADE(1, 2, (4,))
+
+
+@pytest.mark.parametrize("place", range(2))
+def test_an_empty_tensor_is_no_bias_and_no_term(target: Target, place: int) -> None:
+    """None says that there is none; a tensor of shape (0,) is a mistake."""
+    given = problem(3, 4, (6,)).to(target.device)
+    empty, rest = given.x.new_empty(0), {"weights": given.weights, "stairs": given.stairs}
+    degrees = torch.tensor([1, 2, 3])
+    some = [empty if i == place else None for i in range(2)]
+    for name, form in (("biases", r"\(\d+,\)"), ("terms", r"\(\*batch, \d+\)")):
+        for op in (made, autoregressive, autoregressive_inverse):
+            message = rf"{name}\[{place}\] has shape \(0,\), must be {form} or None"
+            with pytest.raises(ValueError, match=f"{op.__name__}: {message}"):
+                op(given.x, **{"biases": None, **rest, name: some})
+    x, weight = torch.ones(3, device=target.device), torch.ones(3, 3, device=target.device)
+    with pytest.raises(ValueError, match=r"masked_linear: bias has shape \(0,\), must be \(3,\)"):
+        masked_linear(x, weight, empty, degrees, degrees)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: MADE(8, 2, (3, 3)),
+        lambda: MADE(4, 2, (1, 1), adjacency=torch.ones(4, 4).tril(-1).bool()),
+        lambda: fastflow.MaskedAffineAutoregressive(8, (3, 3)),
+        lambda: fastflow.MAF(8, 5, (3, 3)),
+        lambda: fastflow.IAF(8, 5, (3, 3), context_features=2, order="random"),
+        lambda: fastflow.Inverse(fastflow.MAF(8, 3, (3,)).bijection),
+    ],
+)
+def test_they_warn_once_at_the_users_line(make: Callable) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            make()
+    assert [(one.filename, one.lineno) for one in caught] == [
+        (__file__, make.__code__.co_firstlineno)
+    ] * 2
 
 
 def test_state_dict_brings_the_order(target: Target) -> None:

@@ -62,6 +62,7 @@ def test_killed_and_interrupted_runs_end_like_an_unbroken_one(tmp_path, capsys):
     said = capsys.readouterr()
     assert said.out.count("images/s") == 12 and "test: -ELBO" in said.out and said.err == ""
 
+    broken.mkdir()
     for count, number, code in ((2, signal.SIGKILL, -signal.SIGKILL), (5, signal.SIGINT, 130)):
         process = subprocess.Popen(
             [*COMMAND, *words, broken, "--resume"],
@@ -127,8 +128,14 @@ def test_gaussian_likelihood_dynamic_binarisation_and_more_latents(tmp_path, ima
     assert not (tmp_path / "b" / "posterior.png").exists()
 
 
-def test_resume_of_nothing_starts_and_of_a_finished_run_changes_nothing(tmp_path, images):
+def test_resume_of_nothing_is_refused_and_of_a_finished_run_changes_nothing(
+    tmp_path, images, capsys
+):
     out = tmp_path / "run"
+    assert train(images, out, "--resume", *FEW_PICTURES) == 2
+    assert f"error: {out}: does not exist, --resume has nothing to continue" in complaint(capsys)
+    assert not out.exists()
+    out.mkdir()  # as a run leaves it that is killed at once
     assert train(images, out, "--resume", *FEW_PICTURES) == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     assert call("train", "--out", out, "--data-root", images, "--resume", "--device", "cpu") == 0
@@ -148,6 +155,11 @@ USAGE = {
     "learning rate": (["train", "--out", "x", "--lr", "nan"], "lr: nan must be positive"),
     "seed": (["train", "--out", "x", "--seed", "-1"], "seed: -1 must be within"),
     "threads": (["train", "--out", "x", "--threads", "0"], "--threads: must be at least 1"),
+    "too many threads": (["train", "--threads", "9" * 20], "--threads: must be at most 4096, not"),
+    "a huge grid": (
+        ["sample", "--out", "x.png", "--checkpoint", "y", "--grid", "10000000"],
+        "--grid: must be at most 256, not 10000000",
+    ),
     "grid": (["sample", "--out", "x.png", "--checkpoint", "y", "--grid", "0"], "--grid: must be"),
     "no checkpoint": (["sample", "--out", "x.png", "--checkpoint", "y"], "y: not a file"),
     "suffix": (["sample", "--out", "a/x.jpg", "--checkpoint", "y"], "end in .png, not 'x.jpg'"),
@@ -247,6 +259,53 @@ def test_damaged_checkpoints_are_refused(tmp_path, images, capsys):
     (out / "state.safetensors").unlink()
     assert train(images, out, "--resume") == 2
     assert "no state.safetensors to resume from" in complaint(capsys)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_commands_take_run_folders_and_checkpoints(tmp_path, images, capsys):
+    run, other, picture = tmp_path / "runs" / "a", tmp_path / "b", tmp_path / "grid.png"
+    assert train(images, run) == 0
+    capsys.readouterr()
+    model, root = run / "model.safetensors", ("--data-root", images, "--device", "cpu")
+    said = []
+    for path in (run, model):
+        assert call("sample", "--checkpoint", path, "--out", picture) == 0
+        said.append((picture.read_bytes(), capsys.readouterr().out))
+        assert call("evaluate", "--checkpoint", path, *root, "--samples", "2") == 0
+        said[-1] += (capsys.readouterr().out,)
+        assert call("plot", "--runs", path, *root) == 0
+        said[-1] += (capsys.readouterr().out,)
+        decoder = ("--decoder", path, "--posteriors", "gaussian", "--images", "1", *root)
+        words = ("true-posterior", *decoder, "--iterations", "2", "--out", tmp_path / path.name)
+        assert call(*words) == 0
+        capsys.readouterr()
+    assert said[0] == said[1] and said[0][-1] == f"{run}\n"
+
+    other.mkdir()
+    (other / "model.safetensors").write_bytes(model.read_bytes())
+    for path, reason in (
+        (tmp_path / "runs", "runs: is no run folder, it has no model.safetensors, but a in it"),
+        (tmp_path / "nowhere", "nowhere: "),
+        (images, "images: is no run folder, it has no model.safetensors"),
+    ):
+        for command in (["sample", "--out", picture], ["evaluate"]):
+            assert call(*command, "--checkpoint", path) == 2
+            assert reason.partition(", but")[0] in complaint(capsys)
+        assert call("true-posterior", "--out", tmp_path / "x", "--decoder", path) == 2
+        assert reason.partition(", but")[0] in complaint(capsys)
+        assert call("plot", "--runs", run, path) == 2  # before anything is drawn
+        assert reason.partition(", but")[0] in complaint(capsys)
+    assert call("plot", "--runs", tmp_path / "runs") == 2
+    assert ", but a in it" in complaint(capsys)
+    for path in (other, other / "model.safetensors"):
+        assert call("plot", "--runs", path) == 2
+        assert "b: is no run folder, it has no config.json and no metrics.json" in complaint(capsys)
+    for record in (1, {}, {"epoch": 1}):
+        (run / "metrics.json").write_text(json.dumps({"epochs": [record], "test": {}}))
+        assert call("plot", "--runs", run, *root) == 2
+        assert "metrics.json: the record of its epochs is malformed" in complaint(capsys)
+    assert call("plot", "--runs", run / "config.json") == 2
+    assert "is neither a run folder nor the model.safetensors of one" in complaint(capsys)
 
 
 @pytest.mark.usefixtures("no_pictures")

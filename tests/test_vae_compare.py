@@ -142,6 +142,36 @@ def test_children_end_with_a_parent_that_is_killed(tmp_path, images):
     assert before == [table.read_bytes() for table in tables if table.exists()]
 
 
+@pytest.mark.parametrize("moment", ["at the start", "in training"])
+def test_an_interrupt_ends_all_jobs_without_a_trace(tmp_path, images, moment):
+    """Ctrl-C reaches every process of a terminal; one of them speaks, none leaves a semaphore."""
+    out = tmp_path / "out"
+    words = [sys.executable, "-m", "fastflow.vae", "compare", *TINY, "--epochs", "1000000"]
+    words += ["--posteriors", "gaussian", "planar", "--data", "mnist", "--data-root", str(images)]
+    process = subprocess.Popen(
+        [*words, "--jobs", "2", "--threads", "1", "--out", out],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # shells ignore it in what they run in the background, and children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    if moment == "in training":
+        names = set()
+        while len(names) < 2:  # lines: both have trained an epoch
+            names.add(process.stdout.readline().partition(":")[0])
+    else:
+        deadline = time.monotonic() + 120
+        while not (out / "settings.json").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.5)  # the children import torch, which takes longer
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert errors == "fastflow.vae: interrupted; compare --resume continues a run\n"
+
+
 @pytest.mark.usefixtures("no_pictures")
 def test_a_run_that_fails_does_not_end_the_others(tmp_path, images, monkeypatch, capsys):
     start = jobs.Run.start
@@ -231,6 +261,9 @@ def test_other_settings_are_not_resumed(tmp_path, images, capsys):
     capsys.readouterr()
     assert compare(images, out, "--posteriors", "gaussian") == 2
     assert "already holds a comparison; --resume continues it" in complaint(capsys)
+    assert compare(images, tmp_path / "nowhere", "--resume") == 2
+    assert "nowhere: does not exist, --resume has nothing to continue" in complaint(capsys)
+    assert not (tmp_path / "nowhere").exists()
     assert compare(images, out, "--resume", "--hidden", "7") == 2
     assert "its run has --hidden 6, not --hidden 7" in complaint(capsys)
     assert contents(out) == before
@@ -340,7 +373,7 @@ def test_curves_are_named_by_what_tells_the_runs_apart():
 
 def test_plot_errors(tmp_path, images, capsys):
     assert call("plot", "--runs", tmp_path) == 2
-    assert "model.safetensors: not a file" in complaint(capsys)
+    assert "is no run folder, it has no model.safetensors" in complaint(capsys)
     assert call("plot") == 2
     assert "required: --runs" in complaint(capsys)
     for name, how in (("a", "none"), ("b", "static")):

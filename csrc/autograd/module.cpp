@@ -48,6 +48,9 @@ std::vector<Shapes> parse(const std::string& text, const Signature& signature) {
   return all;
 }
 
+// How lists say that there is no tensor.
+bool is_missing(const Tensor& tensor) { return tensor.dim() == 1 && tensor.numel() == 0; }
+
 // Compares arguments with shapes, and learns on the way what the letters stand for.
 class Fitting {
  public:
@@ -64,8 +67,7 @@ class Fitting {
     const std::string each = shape.substr(1, end - 1);
     for (size_t i = 0; i < list.size(); ++i) {
       const Tensor& tensor = list[i].toTensor();
-      const bool missing = tensor.dim() == 1 && tensor.numel() == 0;
-      if (!(missing && optional) && !fits(each, tensor, i + 1)) return false;
+      if (!(is_missing(tensor) && optional) && !fits(each, tensor, i + 1)) return false;
     }
     return true;
   }
@@ -130,7 +132,8 @@ bool ready(const BoundOp& bound, const Values& arguments) {
 // ---------------------------------------------------------------- Python to C++ and back
 
 // A value of Python as an argument: a tensor that is no subclass, a number, None, a list of
-// tensors. None in a list becomes a tensor of shape (0,), like `first` in all else.
+// tensors. None in a list becomes a tensor of shape (0,), like `first` in all else; a tensor of
+// this shape would say what it does not mean, and is for Python to refuse.
 std::optional<IValue> from_python(PyObject* object, const Tensor& first) {
   if (THPVariable_CheckExact(object)) return IValue(THPVariable_Unpack(object));
   if (object == Py_None) return IValue();
@@ -151,6 +154,7 @@ std::optional<IValue> from_python(PyObject* object, const Tensor& first) {
       list.push_back(missing);
     } else if (THPVariable_CheckExact(item)) {
       list.push_back(THPVariable_Unpack(item));
+      if (is_missing(list.get(list.size() - 1))) return std::nullopt;
     } else {
       return std::nullopt;
     }

@@ -79,13 +79,14 @@ class Kept {
     each_tensor(value, [&](const Tensor& tensor) { tensors_.emplace_back(tensor, is_output); });
     if (tensors_.empty() && !list_) value_ = value;
   }
+  // What was kept. Hooks on saved tensors may return other strides than they were given.
   IValue get(const NodePointer& node) const {
     if (list_) {
       c10::List<Tensor> list;
-      for (const auto& tensor : tensors_) list.push_back(tensor.unpack(node));
+      for (const auto& tensor : tensors_) list.push_back(tensor.unpack(node).contiguous());
       return list;
     }
-    return tensors_.empty() ? value_ : IValue(tensors_[0].unpack(node));
+    return tensors_.empty() ? value_ : IValue(tensors_[0].unpack(node).contiguous());
   }
   size_t count() const { return tensors_.size(); }
   void release() {

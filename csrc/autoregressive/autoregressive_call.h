@@ -127,21 +127,28 @@ struct Call {
   }
 
 #ifndef FASTFLOW_CUDA  // there the stairs are out of reach
-  // Whether the outputs of every feature see those before it only, as the inverse relies on.
-  bool autoregressive() const {
+  // Refuses stairs that the network cannot have: an output of an affine op that sees its own
+  // feature or a later one, and residual blocks that add levels of different units.
+  void check_dependence() const {
+    for (size_t l = 2; args.residual && l + 1 < layers.size(); l += 2)
+      check(std::equal(layers[l].order, layers[l].order + layers[l].rows, layers[l - 2].order),
+            "stairs: a residual block adds levels of different order");
+    if (!args.affine) return;
     std::vector<int64_t> known(layers.size(), 0);  // units that the features before r make known
     for (int64_t r = 0; r < args.features; ++r) {
       int64_t below = r;
       for (size_t l = 0; l + 1 < layers.size(); ++l) {
         const MaskedLayer& layer = layers[l];
         while (known[l] < layer.rows && layer.prefix[known[l]] <= below) ++known[l];
-        const bool skip = args.residual && l >= 2 && l % 2 == 0;  // a block adds what it began with
-        if (skip) known[l] = std::min(known[l], known[l - 2]);
+        if (args.residual && l >= 2 && l % 2 == 0) {  // a block adds what it began with
+          known[l] = std::min(known[l], known[l - 2]);
+          check(known[l] == known[l - 2], "stairs: a residual block adds levels of other degrees");
+        }
         below = known[l];
       }
-      if (layers.back().prefix[2 * r + 1] > below) return false;
+      check(layers.back().prefix[2 * r + 1] <= below,
+            "stairs: an output sees its own feature or a later one");
     }
-    return true;
   }
 #endif
 

@@ -80,7 +80,8 @@ class MaskedNetwork(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[4:]
-        tensors = ctx.saved_tensors
+        # hooks on saved tensors may return other strides than they were given
+        tensors = [tensor.contiguous() for tensor in ctx.saved_tensors]
         saved, *kept = tensors[len(wanted) :]
         arguments = (*_nested(tensors[: len(wanted)], ctx.layers), *ctx.setting, False)
         outputs = (*kept, None if ctx.recompute else saved)
@@ -202,8 +203,11 @@ def masked_network(
                 f"{name}: backend {backends.current()} needs masks that are a staircase"
             )
         return op.reference(*network, *setting, False)[:-1]
-    if not recompute and (outputs := by_node(name, *network, setting)) is not None:
-        return outputs
+    if not recompute:
+        given = [[one if one.shape != (0,) else None for one in some] for some in (terms, biases)]
+        outputs = by_node(name, x, given[0], weights, given[1], stairs, setting)
+        if outputs is not None:
+            return outputs
     tensors = (x, *terms, *weights, *biases)
     if (
         functorch_active()

@@ -11,7 +11,12 @@ from torch.autograd.function import FunctionCtx
 from fastflow import backends
 from fastflow.reference import pcp_inverse, pcp_potential
 from fastflow.reference.pcp_potential import Network
-from fastflow.transforms import batched, forward_mode_active, transforms_active
+from fastflow.transforms import (
+    batched,
+    forward_mode_active,
+    functorch_active,
+    transforms_active,
+)
 
 FORWARD = {False: "pcp_forward", True: "pcp_inverse"}
 BACKWARD = {False: "pcp_backward", True: "pcp_inverse_backward"}
@@ -45,16 +50,20 @@ class GradientMap(torch.autograd.Function):
     def backward(ctx: FunctionCtx, d_image: Tensor, dladj: Tensor) -> tuple[Tensor | None, ...]:
         point, *kept = ctx.saved_tensors
         tensors, (image, *saved) = kept[: ctx.tensors], kept[ctx.tensors :]
+        # hooks on saved tensors may return other strides than they were given
+        point, tensors = _as_kernels_take_them(point, tensors, ctx.layers)
         wanted = ctx.needs_input_grad[2:]
         with torch.autocast(point.device.type, enabled=False):
-            # kernels, and the backward pass by hand, written in place, are not for legacy vmap
-            if torch.is_grad_enabled() or batched(d_image) or batched(dladj):
+            # kernels, and the backward pass by hand, written in place, are not for vmap
+            several = functorch_active() or batched(d_image) or batched(dladj)
+            if torch.is_grad_enabled() or several:
                 cotangents = (d_image, dladj)
                 grads = differentiable_vjp(point, tensors, cotangents, wanted, ctx)
                 return (None, None, *grads)
             d_point, grads = backends.call(
                 BACKWARD[ctx.inverse],
-                *(d_image.contiguous(), dladj.contiguous(), image if ctx.inverse else point),
+                *(d_image.contiguous(), dladj.contiguous()),
+                image.contiguous() if ctx.inverse else point,
                 *(saved, tensors, ctx.layers, any(wanted[1:])),
                 name=ctx.backend,
             )
@@ -89,13 +98,19 @@ def gradient_map(point: Tensor, net: Network, inverse: bool) -> tuple[Tensor, Te
     tensors, layers = net.tensors, len(net.inputs)
     if transforms_active() or forward_mode_active(point, *tensors):
         return MAPS[inverse](point, net)
-    matrices = 2 * layers - 1
-    point = point.contiguous()
-    tensors = [
-        one if one.stride(-1) == 1 and position >= matrices else one.contiguous()
-        for position, one in enumerate(tensors)
-    ]
+    point, tensors = _as_kernels_take_them(point, tensors, layers)
     if torch.is_grad_enabled() and any(one.requires_grad for one in (point, *tensors)):
         return GradientMap.apply(inverse, layers, point, *tensors)
     backend = backends.current_or_reference(FORWARD[inverse])
     return backends.call(FORWARD[inverse], point, tensors, layers, False, name=backend)[:2]
+
+
+def _as_kernels_take_them(
+    point: Tensor, tensors: Sequence[Tensor], layers: int
+) -> tuple[Tensor, list[Tensor]]:
+    """The point and the matrices contiguous; of terms, the rows alone."""
+    matrices = 2 * layers - 1
+    return point.contiguous(), [
+        one if one.stride(-1) == 1 and position >= matrices else one.contiguous()
+        for position, one in enumerate(tensors)
+    ]

@@ -36,7 +36,8 @@ class PlanarFlow(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor, dladj: Tensor) -> tuple[Tensor | None, ...]:
-        z, out, w, u, b, a = ctx.saved_tensors
+        # hooks on saved tensors may return other strides than they were given
+        z, out, w, u, b, a = (tensor.contiguous() for tensor in ctx.saved_tensors)
         grads = gradients(
             *((z, w, u, b, ctx.centred), (out, None, a), (d_out, dladj), ctx.needs_input_grad[:4]),
             *(ctx.inverse, ctx.backend),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from fastflow.bijections.base import (
 from fastflow.functional.made import made
 from fastflow.functional.network import check_activation
 from fastflow.inner import call_masked, plain_tensors, settled_tensors
+from fastflow.notices import warn
 from fastflow.reference.network import ACTIVATIONS, activates, reach, skips
 
 
@@ -58,7 +58,8 @@ class MADE(Arranged):
 
     Warns:
         UserWarning: a hidden layer has fewer units than there are degrees, or sets of features in
-            the adjacency, so that some features do not see those right before them.
+            the adjacency, so that some features do not see those right before them. A flow of many
+            layers says so once.
 
     Source:
         Germain, Gregor, Murray and Larochelle, MADE: Masked Autoencoder for Distribution
@@ -235,20 +236,25 @@ class MADE(Arranged):
         return {f"mask_{number}": mask for number, mask in enumerate(found)}
 
     def _warn_of_unseen(self) -> None:
-        if not self._by_degrees:
-            seen = reach(list(self._derived().values()), self.residual)
-            lost = (self._arranged & ~seen[:: self.params_per_feature]).nonzero().tolist()
-            if lost:
-                pairs = ", ".join(f"{i} does not see {j}" for i, j in lost[:8])
-                warnings.warn(
-                    f"MADE: hidden layers {tuple(self.hidden_features)} are too narrow for the "
-                    f"adjacency: feature {pairs}" + ", .." * (len(lost) > 8),
-                    UserWarning,
-                    stacklevel=3,
-                )
-            return
+        lost = self._unseen_by_degrees() if self._by_degrees else self._unseen_by_adjacency()
+        if lost:
+            warn(f"MADE: {lost}", kind="unseen")
+
+    def _unseen_by_adjacency(self) -> str:
+        seen = reach(list(self._derived().values()), self.residual)
+        lost = (self._arranged & ~seen[:: self.params_per_feature]).nonzero().tolist()
+        if not lost:
+            return ""
+        pairs = ", ".join(f"{i} does not see {j}" for i, j in lost[:8])
+        return (
+            f"hidden layers {tuple(self.hidden_features)} are too narrow for the "
+            f"adjacency: feature {pairs}" + ", .." * (len(lost) > 8)
+        )
+
+    def _unseen_by_degrees(self) -> str:
         lowest = 0 if self.context_features else 1
         by_rank = self._arranged.argsort().tolist()
+        layers = []
         for number, width in enumerate(self.hidden_features):
             missing = masks.unseen(
                 masks.hidden_degrees(width, self.features, lowest), self.features, lowest
@@ -262,12 +268,11 @@ class MADE(Arranged):
                 lost.append(
                     f"the features that come right after feature {shown} in the order do not see it"
                 )
-            warnings.warn(
-                f"MADE: hidden layer {number} has {width} units for "
-                f"{self.features - min(lowest, self.features - 1)} degrees: {'; '.join(lost)}",
-                UserWarning,
-                stacklevel=3,
+            layers.append(
+                f"hidden layer {number} has {width} units for "
+                f"{self.features - min(lowest, self.features - 1)} degrees: {'; '.join(lost)}"
             )
+        return "; ".join(layers)
 
     def extra_repr(self) -> str:
         text = f"features={self.features}, params_per_feature={self.params_per_feature}"

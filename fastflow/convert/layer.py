@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastflow.notices import warn
 from fastflow.transforms import wrapped
 
 
@@ -112,11 +112,7 @@ class MaskedLayer(Converted):
         try:
             self._derive(sources)
         except Unsupported as problem:
-            warnings.warn(
-                f"{type(self).__name__}: {problem}: the library's own code answers, at its speed",
-                UserWarning,
-                stacklevel=2,
-            )
+            warn(f"{type(self).__name__}: {problem}: the library's own code answers, at its speed")
         return self._stairs
 
     def refresh(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from fastflow.convert.inside import modules_inside
 from fastflow.convert.layer import Converted, Unsupported
 
 LIBRARIES = ("nflows", "normflows", "pyro", "zuko")
@@ -76,7 +77,8 @@ def convert(model: nn.Module, strict: bool = False) -> Report:
         A `Report`; `print(report)` shows a table.
 
     Raises:
-        TypeError: the model is not a module.
+        TypeError: the model is not a module; the message says where modules are in it, such as
+            `convert(posterior.posterior_estimator)` for a posterior of sbi.
         Unsupported: a layer cannot be converted, and strict is set. The message names them all.
 
     Example:
@@ -126,7 +128,11 @@ def revert(model: nn.Module) -> nn.Module:
 
 def _check_model(owner: str, model: Any) -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{owner}: model is a {type(model).__name__}, must be a torch.nn.Module")
+        inside = [f"{owner}(model{path})" for path in modules_inside(model)[:3]]
+        hint = f"; there are some in it: {', '.join(inside)}" if inside else ""
+        raise TypeError(
+            f"{owner}: model is a {type(model).__name__}, must be a torch.nn.Module{hint}"
+        )
 
 
 def _converted_class(kind: type[nn.Module]) -> type[Converted] | None:

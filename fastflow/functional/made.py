@@ -107,5 +107,10 @@ def masked_linear(
             f"masked_linear: weight has shape {tuple(getattr(weight, 'shape', ()))}, must be "
             f"({len(out_degrees)}, {len(in_degrees)}) as the degrees say"
         )
+    if isinstance(bias, Tensor) and bias.shape != (len(out_degrees),):
+        raise ValueError(
+            f"masked_linear: bias has shape {tuple(bias.shape)}, must be ({len(out_degrees)},) or "
+            "None"
+        )
     stairs = masks.staircase([in_degrees, out_degrees], strict)
     return made(x, [weight], [bias], stairs)

@@ -59,7 +59,8 @@ def run(
     setting = (NUMBERS[check_activation(op, activation)], bool(residual), *constants)
     plain = isinstance(weights, (list, tuple)) and isinstance(stairs, Tensor)
     plain = plain and not (recompute or torch.compiler.is_compiling())
-    known = plain and known_dependence(stairs, setting[1], affine)
+    # the node's ops for CPUs look at the stairs themselves
+    known = plain and (stairs.is_cpu or known_dependence(weights, stairs, setting[1], affine))
     network, term = (op, x, weights, biases, stairs, setting), None
     if known and (outputs := _quickly(*network, terms)) is not None:
         return outputs  # most calls need nothing below
@@ -71,14 +72,15 @@ def run(
     layers = len(weights)
     if not layers:
         raise ValueError(f"{op}: weights is empty, must hold at least one layer")
-    biases = _tensors(op, "biases", [None] * layers if biases is None else biases, weights[0])
-    terms = [] if terms is None else _tensors(op, "terms", terms, weights[0])
+    biases = _tensors(op, "biases", [None] * layers if biases is None else biases)
+    terms = [] if terms is None else _tensors(op, "terms", terms)
     tensors = {x_name: x}
     tensors |= {f"weights[{i}]": weight for i, weight in enumerate(weights)}
-    tensors |= {f"biases[{i}]": bias for i, bias in enumerate(biases)}
-    tensors |= {f"terms[{i}]": term for i, term in enumerate(terms)}
+    tensors |= {f"biases[{i}]": bias for i, bias in enumerate(biases) if bias is not None}
+    tensors |= {f"terms[{i}]": term for i, term in enumerate(terms) if term is not None}
     check_tensors(op, **tensors)
     _check_shapes(op, x_name, x, weights, biases, terms)
+    biases, terms = (_filled(some, weights[0]) for some in (biases, terms))
     if term is not None:  # the caller knows of a context, not of terms
         broadcast_batches(op, **{x_name: x.shape[:-1], "context": term.context.shape[:-1]})
     check_stairs(op, x_name, x, weights, stairs)
@@ -113,7 +115,7 @@ def run(
     outputs = masked_network(
         *(op, x.contiguous(), [term.contiguous() for term in terms]),
         *([weight.contiguous() for weight in weights], [bias.contiguous() for bias in biases]),
-        *(stairs, setting, recompute),
+        *(stairs.contiguous() if isinstance(stairs, Tensor) else stairs, setting, recompute),
     )
     y, *rest = outputs
     return y.view(*batch, y.shape[-1]).to(dtype), *(one.view(batch) for one in rest)
@@ -138,19 +140,19 @@ def _quickly(
     return context.by_node(op, x, terms, weights, biases, stairs, setting)
 
 
-def _tensors(
-    op: str, name: str, tensors: Sequence[Tensor | None], like: Tensor | None = None
-) -> list[Tensor]:
-    """The tensors, with an empty one like another for each that is missing.
-
-    Every one of them is new: torch.compile refuses the same tensor twice.
-    """
+def _tensors(op: str, name: str, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
         raise TypeError(
             f"{op}: {name} is a {type(tensors).__name__}, must be a sequence of tensors"
         )
-    if not isinstance(like, Tensor):
-        return list(tensors)
+    return list(tensors)
+
+
+def _filled(tensors: list[Tensor | None], like: Tensor) -> list[Tensor]:
+    """The tensors, with one of shape (0,) like another for each that is missing.
+
+    Every one of them is new: torch.compile refuses the same tensor twice.
+    """
     return [like.new_empty(0) if tensor is None else tensor for tensor in tensors]
 
 
@@ -159,8 +161,8 @@ def _check_shapes(
     x_name: str,
     x: Tensor,
     weights: list[Tensor],
-    biases: list[Tensor],
-    terms: list[Tensor],
+    biases: list[Tensor | None],
+    terms: list[Tensor | None],
 ) -> None:
     if not x.dim() or not x.shape[-1]:
         raise ValueError(f"{op}: {x_name} has shape {tuple(x.shape)}, must be (*batch, D), D >= 1")
@@ -178,14 +180,14 @@ def _check_shapes(
                     f"{op}: {name} has {len(tensors)} entries, weights has {len(weights)}"
                 )
             for i, (tensor, weight) in enumerate(zip(tensors, weights)):
-                if tensor.shape == (0,):
+                if tensor is None:
                     continue
                 units = weight.shape[0]
                 fits = tensor.dim() and tensor.shape[-1] == units
                 if not fits or (name == "biases" and tensor.dim() != 1):
                     form = f"({units},)" if name == "biases" else f"(*batch, {units})"
                     raise ValueError(
-                        f"{op}: {name}[{i}] has shape {tuple(tensor.shape)}, must be {form}"
+                        f"{op}: {name}[{i}] has shape {tuple(tensor.shape)}, must be {form} or None"
                     )
 
 

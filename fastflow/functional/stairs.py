@@ -46,25 +46,32 @@ def check_dependence(
     residual: bool,
     affine: bool,
 ) -> None:
-    """Units see what the op relies on: outputs the features before, blocks what they began with.
+    """Stairs are those of a network of these sizes, whose units see what the op relies on: outputs
+    the features before, blocks what they began with.
 
-    Masks are looked at when they come for the first time, which on a GPU waits for it once, and
-    then taken as they are until they change. Where their values are out of reach (in a graph that
-    is being compiled or captured, under transforms, on the meta device) they are not looked at.
+    Masks are looked at when they come for the first time with weights of these sizes, which on a
+    GPU waits for it once, and then taken as they are until PyTorch counts a change. (The compiled
+    ops for CPUs look at a staircase at every call.) Where the values are out of reach (in a graph
+    that is being compiled or captured, under transforms, on the meta device) they are not looked
+    at.
 
     Arguments:
         weights: (n_l, n_{l-1}) for every layer.
         affine: whether each of the D features has two outputs, in some order of the features.
 
     Raises:
-        ValueError: an output of an affine op sees its own feature, or one after it; a residual
-            block adds levels of different degrees.
+        ValueError: stairs has no orders and prefixes of these levels; an output of an affine op
+            sees its own feature, or one after it; a residual block adds levels of different
+            degrees.
     """
     out_of_reach = not all(map(readable, _tensors(stairs)))
-    if out_of_reach or known_dependence(stairs, residual, affine):
+    if out_of_reach or known_dependence(weights, stairs, residual, affine):
         return
     if isinstance(stairs, Tensor):
         orders, prefixes = masks.parts(stairs.cpu(), [features, *map(len, weights)])
+        if not _well_formed(orders, prefixes):
+            widths = (features, *map(len, weights))
+            raise ValueError(f"{op}: stairs is not that of a network with levels of {widths} units")
         swept = features if affine else None
         level = network.odd_level(orders, prefixes, swept) if residual else None
         if level is not None:
@@ -84,24 +91,51 @@ def check_dependence(
             masks.depth(seen.unflatten(0, (-1, 2)).any(1))
         except ValueError as problem:
             raise ValueError(f"{op}: stairs is not autoregressive: {problem}") from None
-    _remember(stairs, residual, affine)
+    _remember(weights, stairs, residual, affine)
 
 
-def known_dependence(stairs: Tensor | Sequence[Tensor], residual: bool, affine: bool) -> bool:
+def known_dependence(
+    weights: Sequence[Tensor], stairs: Tensor | Sequence[Tensor], residual: bool, affine: bool
+) -> bool:
     """Whether `check_dependence` has nothing to look at, or has seen these masks. Quick."""
-    if not (residual or affine):
-        return True
     tensors = _tensors(stairs)
-    snapshot = _checked.get((residual, affine, *map(id, tensors)))
+    try:
+        snapshot = _checked.get(_key(weights, tensors, residual, affine))
+    except AttributeError:  # weights that are none
+        return False
     return snapshot is not None and snapshot.holds(tensors)
 
 
-def _remember(stairs: Tensor | Sequence[Tensor], residual: bool, affine: bool) -> None:
+def _well_formed(orders: Sequence[Tensor], prefixes: Sequence[Tensor]) -> bool:
+    """Whether orders hold each unit once, and prefixes do not fall, nor leave the level below."""
+    for order in orders:
+        units = torch.arange(len(order), dtype=order.dtype, device="cpu")
+        if not torch.equal(order.sort().values, units):
+            return False
+    return all(
+        bool((prefix.diff() >= 0).all()) and 0 <= prefix[0] and prefix[-1] <= len(below)
+        for prefix, below in zip(prefixes, orders)
+    )
+
+
+def _remember(
+    weights: Sequence[Tensor], stairs: Tensor | Sequence[Tensor], residual: bool, affine: bool
+) -> None:
     tensors = _tensors(stairs)
-    key = (residual, affine, *map(id, tensors))
+    if any(tensor.is_inference() for tensor in tensors):
+        return  # they do not tell when they change
+    key = _key(weights, tensors, residual, affine)
+    if key not in _checked:
+        for tensor in tensors:
+            weakref.finalize(tensor, _checked.pop, key, None).atexit = False
     _checked[key] = Snapshot(tensors)
-    for tensor in tensors:
-        weakref.finalize(tensor, _checked.pop, key, None).atexit = False
+
+
+def _key(
+    weights: Sequence[Tensor], stairs: Sequence[Tensor], residual: bool, affine: bool
+) -> tuple[int | torch.Size, ...]:
+    """What a verdict is about: a staircase alone does not tell where one level of it ends."""
+    return residual, affine, *map(id, stairs), *[weight.shape for weight in weights]
 
 
 def _tensors(stairs: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:

@@ -187,7 +187,7 @@ def autoregressive_inverse_backward(
             for level in [0, *range(hidden, 0, -1)]:
                 units = net.units(level, range(r, r + 1))
                 offset = net.units(level, block).start
-                total = sums[level][..., units.start - offset : units.stop - offset]
+                total = _columns(sums[level], slice(units.start - offset, units.stop - offset))
                 if fresh[level + 1]:
                     above = torch.cat(fresh[level + 1][::-1], -1)
                     end = net.units(level + 1, block).stop
@@ -203,7 +203,7 @@ def autoregressive_inverse_backward(
                 elif r < net.features:
                     m, a = p_sorted[-1][..., 2 * r : 2 * r + 2].split(1, -1)
                     dy_r, dm, da = scales.step_back_vjp(
-                        dx[..., units] + total,
+                        _columns(dx, units) + total,
                         dladj[:, None],
                         x_sorted[..., units],
                         m,
@@ -323,6 +323,15 @@ class _Sorted(NamedTuple):
     def unsort(self, level: int, values: Tensor) -> Tensor:
         """Values (B, n) of a level's sorted units, put back to where the units are."""
         return values.index_select(-1, self.orders[level].argsort())
+
+
+def _columns(tensor: Tensor, columns: slice) -> Tensor:
+    """A slice of the last dimension, for cotangents.
+
+    By index, a slice of all columns would be an alias, which the vmap of
+    autograd.grad(is_grads_batched=True) does not know.
+    """
+    return tensor.narrow(-1, columns.start, columns.stop - columns.start)
 
 
 def _by_feature(

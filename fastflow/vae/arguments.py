@@ -41,7 +41,7 @@ def _add_train(train: argparse.ArgumentParser) -> None:
     train.add_argument(
         "--resume",
         action="store_true",
-        help="continue the run in DIR, or start it; settings that are not given are the run's",
+        help="continue the run in DIR, which must exist; settings that are not given are the run's",
     )
     add_data_root(train)
     add_settings(train, SETTINGS)
@@ -78,7 +78,7 @@ def _add_evaluate(evaluate: argparse.ArgumentParser) -> None:
 def _add_sample(sample: argparse.ArgumentParser) -> None:
     add_checkpoint(sample)
     add_file(sample, "--out", ".png", "the picture, FILE.png", required=True)
-    add_count(sample, "--grid", "images per side", 8)
+    add_count(sample, "--grid", "images per side", 8, most=256)
     sample.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of the draws (default: 0)"
     )
@@ -89,7 +89,12 @@ def _add_sample(sample: argparse.ArgumentParser) -> None:
 
 def _add_plot(plot: argparse.ArgumentParser) -> None:
     plot.add_argument(
-        "--runs", type=Path, nargs="+", required=True, metavar="DIR", help="run folders"
+        "--runs",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="DIR",
+        help="run folders, or their models",
     )
     add_folder(plot, "--out", "learning curves of all runs on one axis, and more")
     add_data_root(plot)
@@ -101,8 +106,8 @@ def _add_true(true: argparse.ArgumentParser) -> None:
         "--decoder",
         type=Path,
         metavar="FILE",
-        help="a model.safetensors, whose decoder is used on test images; if not given, a model is "
-        "trained on the first training images alone",
+        help="a model.safetensors or its run folder, whose decoder is used on test images; if not "
+        "given, a model is trained on the first training images alone",
     )
     add_posteriors(true)
     add_count(true, "--images", "how many", 4)
@@ -161,5 +166,5 @@ def make_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--device", choices=("cpu", "cuda", "auto"), default="auto", help="default: auto"
         )
-        add_count(command, "--threads", "of the CPU")
+        add_count(command, "--threads", "of the CPU", most=1 << 12)
     return parser

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 def train(options: argparse.Namespace) -> None:
     """Trains one model into its run folder."""
-    from fastflow.vae.run_folder import find_state, require_no_run
+    from fastflow.vae.run_folder import find_state, require_no_run, require_run_folder
     from fastflow.vae.training import Run
 
     settings, device = given_settings(options), local_device(_device(options.device))
@@ -39,6 +39,7 @@ def train(options: argparse.Namespace) -> None:
 
     def before() -> State | None:
         if options.resume:
+            require_run_folder(folder)
             return find_state(folder, settings)
         require_no_run(folder)
         return None
@@ -84,14 +85,15 @@ def evaluate(options: argparse.Namespace) -> None:
     from fastflow.vae.checkpoint import load_model
     from fastflow.vae.evaluation import evaluate_run
     from fastflow.vae.files import write_json
+    from fastflow.vae.run_folder import checkpoint_at
 
-    device = _device(options.device)
-    model, config, shape = load_model(options.checkpoint, device)
+    device, checkpoint = _device(options.device), checkpoint_at(options.checkpoint)
+    model, config, shape = load_model(checkpoint, device)
     settings = given_settings(options)
     if options.samples is not None:
         settings["importance_samples"] = options.samples
     config = replace(config, **settings)
-    data = splits_of(options.checkpoint, config, shape, _data_root(options, config.data))
+    data = splits_of(checkpoint, config, shape, _data_root(options, config.data))
     test = evaluate_run(model, config, data.test.to(device))
     _say(json.dumps(test, indent=2))
     if options.out is not None:
@@ -102,13 +104,14 @@ def sample(options: argparse.Namespace) -> None:
     """Draws images of a checkpoint."""
     from fastflow.vae.checkpoint import load_model
     from fastflow.vae.plots import PRIOR_TITLE, draw_manifold, draw_samples, sample_images
+    from fastflow.vae.run_folder import checkpoint_at
 
-    device = _device(options.device)
-    model, config, shape = load_model(options.checkpoint, device)
+    device, checkpoint = _device(options.device), checkpoint_at(options.checkpoint)
+    model, config, shape = load_model(checkpoint, device)
     config = replace(config, seed=options.seed)
     if options.manifold:
         if config.latent != 2:
-            raise VaeError(f"--manifold needs 2 latents, {options.checkpoint} has {config.latent}")
+            raise VaeError(f"--manifold needs 2 latents, {checkpoint} has {config.latent}")
         draw_manifold(options.out, model, shape, options.grid)
     else:
         drawn = sample_images(model, options.grid, generator_for(device, config.seed, "samples"))
@@ -119,14 +122,15 @@ def sample(options: argparse.Namespace) -> None:
 def plot(options: argparse.Namespace) -> None:
     """Draws the pictures of runs again."""
     from fastflow.vae.redraw import draw_runs, redraw_run
+    from fastflow.vae.run_folder import run_folder_at
 
-    device = _device(options.device)
-    for folder in options.runs:
+    device, runs = _device(options.device), [run_folder_at(path) for path in options.runs]
+    for folder in runs:
         redraw_run(folder, options.data_root, device)
         _say(str(folder))
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
-        groups = {label: [folder] for label, folder in zip(_labels(options.runs), options.runs)}
+        groups = {label: [folder] for label, folder in zip(_labels(runs), runs)}
         draw_runs(options.out, groups, options.data_root, device)
         _say(str(options.out))
 
@@ -141,6 +145,7 @@ def true_posterior(options: argparse.Namespace) -> None:
     """Fits posteriors to a few images and draws them beside the true posterior."""
     from fastflow.vae.compare import refuse_for_all
     from fastflow.vae.four_images import FIT_SETTINGS, NUMBERS, Experiment, perform
+    from fastflow.vae.run_folder import checkpoint_at
 
     device, settings = _device(options.device), given_settings(options)
     if options.out.exists() and not options.out.is_dir():  # said before hours of fitting
@@ -156,9 +161,8 @@ def true_posterior(options: argparse.Namespace) -> None:
         for name in settings:
             if name not in FIT_SETTINGS:
                 raise VaeError(f"{flag(name, settings[name])} has no effect with --decoder")
-        experiment = Experiment.of_checkpoint(
-            options.decoder, options.images, options.data_root, device
-        )
+        decoder = checkpoint_at(options.decoder)
+        experiment = Experiment.of_checkpoint(decoder, options.images, options.data_root, device)
     options.out.mkdir(parents=True, exist_ok=True)
     perform(options.out, experiment, posteriors, settings, options.iterations, _say)
     _say(f"see {options.out}")

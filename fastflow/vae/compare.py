@@ -15,7 +15,7 @@ from fastflow.vae.data import load
 from fastflow.vae.errors import VaeError
 from fastflow.vae.files import write_json
 from fastflow.vae.jobs import Task, perform
-from fastflow.vae.run_folder import find_state, require_no_run
+from fastflow.vae.run_folder import find_state, require_no_run, require_run_folder
 from fastflow.vae.summary import is_finished
 
 SETTINGS_FILE = "settings.json"
@@ -58,12 +58,15 @@ class Comparison:
             resume: whether the folder may hold a comparison.
 
         Raises:
-            VaeError: the folder holds one and `resume` is false, or one with other settings; a
-                setting is wrong, or concerns none of the posteriors.
+            VaeError: the folder holds one and `resume` is false, or one with other settings, or
+                does not exist and `resume` is true; a setting is wrong, or concerns none of the
+                posteriors.
         """
         path = folder / SETTINGS_FILE
         if folder.exists() and not folder.is_dir():
             raise VaeError(f"{folder}: is not a folder")
+        if resume:
+            require_run_folder(folder)
         before: dict[str, Any] = {}
         if path.exists():
             if not resume:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from tqdm import tqdm
@@ -122,7 +122,7 @@ def _perform_apart(
                 task = waiting.pop(0)
                 ours, theirs = context.Pipe(duplex=False)
                 process = context.Process(target=_child, args=(theirs, task, threads), daemon=True)
-                process.start()
+                _start(process)
                 theirs.close()  # so that ours ends when the process does
                 running[ours] = process, task
             for connection in wait(list(running)):
@@ -140,13 +140,29 @@ def _perform_apart(
             process.join()
 
 
+def _start(process: BaseProcess) -> None:
+    """Starts a process that no interrupt reaches, from its first instruction on: what a terminal
+    sends to all processes is for the one that started them, which ends the others."""
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process.start()  # it inherits what is blocked
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+
 def _child(connection: Connection, task: Task, threads: int) -> None:
     """Performs a task in a process of its own, which ends with the one that started it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
+    signal.signal(signal.SIGTERM, _leave)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which outlives a killed process
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     with closing(connection):
         _perform(task, connection.send, bars=False)
+
+
+def _leave(*_: object) -> NoReturn:
+    """Ends this process as Python does, which gives back what the system lent it."""
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 def _end_with_parent() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 from fastflow.vae.config import Config, choices
@@ -52,10 +53,15 @@ def add_folder(
 
 
 def add_count(
-    parser: argparse.ArgumentParser, flag: str, text: str, default: int | None = None
+    parser: argparse.ArgumentParser,
+    flag: str,
+    text: str,
+    default: int | None = None,
+    most: int = 1 << 31,
 ) -> None:
-    """Adds an argument that is a whole number of at least 1."""
-    parser.add_argument(flag, type=_count, default=default, metavar="N", help=_help(text, default))
+    """Adds an argument that is a whole number of at least 1; `most` bounds what it can cost."""
+    kind = partial(_count, most=most)
+    parser.add_argument(flag, type=kind, default=default, metavar="N", help=_help(text, default))
 
 
 def add_file(
@@ -84,7 +90,11 @@ def add_posteriors(parser: argparse.ArgumentParser) -> None:
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """Adds --checkpoint, which every command on a trained model needs."""
     parser.add_argument(
-        "--checkpoint", type=Path, required=True, metavar="FILE", help="a model.safetensors"
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="a model.safetensors, or the run folder that holds one",
     )
 
 
@@ -129,13 +139,15 @@ def _add_form(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def _count(text: str) -> int:
+def _count(text: str, most: int) -> int:
     try:
         value = int(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}") from error
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    if value > most:
+        raise argparse.ArgumentTypeError(f"must be at most {most}, not {value}")
     return value
 
 

@@ -10,16 +10,61 @@ from fastflow.vae.config import flag
 from fastflow.vae.errors import VaeError
 from fastflow.vae.pictures import RUN_PICTURES
 
-STATE_FILE = "state.safetensors"
+STATE_FILE, MODEL_FILE = "state.safetensors", "model.safetensors"
 FILES = (
     STATE_FILE,
     "config.json",
     "metrics.json",
     "metrics.csv",
     "timing.json",
-    "model.safetensors",
+    MODEL_FILE,
     *RUN_PICTURES,
 )
+
+
+def checkpoint_at(path: Path) -> Path:
+    """The checkpoint that a path names: a file, or the model in a run folder.
+
+    Raises:
+        VaeError: the folder holds no model.
+    """
+    if not path.is_dir():
+        return path
+    _require(path, MODEL_FILE)
+    return path / MODEL_FILE
+
+
+def run_folder_at(path: Path) -> Path:
+    """The run folder that a path names, by itself or by the model in it.
+
+    Raises:
+        VaeError: it is none, or lacks what is drawn.
+    """
+    folder = path.parent if path.name == MODEL_FILE and path.is_file() else path
+    if not folder.is_dir():
+        raise VaeError(f"{path}: is neither a run folder nor the {MODEL_FILE} of one")
+    _require(folder, MODEL_FILE, "config.json", "metrics.json")
+    return folder
+
+
+def _require(folder: Path, *names: str) -> None:
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        inside = sorted(file.parent.name for file in folder.glob(f"*/{MODEL_FILE}"))
+        hint = f", but {', '.join(inside[:8])} in it" + ", .." * (len(inside) > 8)
+        raise VaeError(
+            f"{folder}: is no run folder, it has no {' and no '.join(missing)}{hint * bool(inside)}"
+        )
+
+
+def require_run_folder(folder: Path) -> None:
+    """Refuses a folder that is missing, where a run or a comparison was to be continued.
+
+    Raises:
+        VaeError: it is.
+    """
+    if not folder.exists():
+        raise VaeError(f"{folder}: does not exist, --resume has nothing to continue")
 
 
 def require_no_run(folder: Path) -> None:

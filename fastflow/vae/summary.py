@@ -11,6 +11,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from fastflow.vae.checkpoint import RECORD
 from fastflow.vae.config import Config, parse_json
 from fastflow.vae.errors import VaeError
 from fastflow.vae.files import write_csv, write_json, write_text
@@ -63,7 +64,16 @@ def read_result(folder: Path) -> Result:
     epochs, test = metrics.get("epochs"), metrics.get("test")
     if not (isinstance(epochs, list) and isinstance(test, dict)):
         raise VaeError(f"{folder / 'metrics.json'}: has no epochs and test")
+    if not all(map(_is_record, epochs)):
+        raise VaeError(f"{folder / 'metrics.json'}: the record of its epochs is malformed")
     return Result(config, epochs, test, timing.get("seconds_per_step"))
+
+
+def _is_record(content: object) -> bool:
+    """Whether this is what a run writes down of an epoch."""
+    return isinstance(content, dict) and all(
+        type(content.get(name)) in (int, float) for name in RECORD
+    )
 
 
 def is_finished(folder: Path, config: Config) -> bool:
