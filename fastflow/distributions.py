@@ -160,7 +160,7 @@ class FlowDistribution(Distribution):
     def __init__(
         self, flow: Flow, context: Tensor | None = None, validate_args: bool | None = None
     ) -> None:
-        check_context(type(self).__name__, flow.bijection, context)
+        flow.check_context(type(self).__name__, context)
         self.flow, self.context = flow, context
         self._draw = Memo()
         batch = torch.Size() if context is None else context.shape[:-1]
@@ -174,7 +174,7 @@ class FlowDistribution(Distribution):
     @property
     def has_rsample(self) -> bool:
         """Whether the base distribution can be reparametrised."""
-        return self.flow.base.has_rsample
+        return self.flow.base_distribution(self.context).has_rsample
 
     @property
     def mean(self) -> Tensor:
@@ -210,7 +210,7 @@ class FlowDistribution(Distribution):
             self._validate_sample(value)
         drawn = self._draw.recall(self._inputs(value))
         if drawn is not None:
-            return self.flow.base_log_prob(drawn[0]) - drawn[1]
+            return self.flow.base_log_prob(drawn[0], self.context) - drawn[1]
         log_prob = self.flow.log_prob(value, self.context)
         return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
 
@@ -234,7 +234,7 @@ class FlowDistribution(Distribution):
             NotImplementedError: the base distribution cannot be reparametrised.
         """
         x, z, ladj = self._drawn(sample_shape, reparametrised=True)
-        return x, self.flow.base_log_prob(z) - ladj
+        return x, self.flow.base_log_prob(z, self.context) - ladj
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_draw": Memo()}
@@ -249,8 +249,8 @@ class FlowDistribution(Distribution):
         self, sample_shape: Sequence[int], reparametrised: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         shape = torch.Size((*sample_shape, *self.batch_shape))
-        z = self.flow.base_sample(shape, reparametrised)
-        x, ladj = self.flow.bijection(z, self.context)
+        z = self.flow.base_sample(shape, reparametrised, self.context)
+        x, ladj = self.flow.bijection(z, self.flow._for_bijection(self.context))
         self._draw.keep(self._inputs(x), (z, ladj))
         return x, z, ladj
 

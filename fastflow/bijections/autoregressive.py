@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from fastflow.bijections.base import Bijection, check_batches, check_features
+from fastflow.bijections.base import Bijection, check_batches, check_features, positive_int
 from fastflow.bijections.made import MADE
 from fastflow.functional.autoregressive import autoregressive, autoregressive_inverse
 from fastflow.scales import Scale, scale_map
 
 OWNER = "MaskedAffineAutoregressive"
+SMALL = 0.01  # the weights of outputs at the start, as a share of PyTorch's
 
 
 class MaskedAffineAutoregressive(Bijection):
@@ -34,6 +36,13 @@ class MaskedAffineAutoregressive(Bijection):
             `fastflow.scales`.
         recompute: save memory in training: backward computes the hidden layers once more instead
             of keeping them.
+        depth: how many such layers the whole flow has; the start of "gate" and "sigmoid" depends on
+            it.
+
+    The layer starts near the identity, for every context: the weights of the last layer (and those
+    of the context where it feeds that layer) are a hundredth of PyTorch's, its biases give shift 0
+    and scale s = 1. The maps that cannot reach 1, "gate" and "sigmoid", start at
+    :math:`s(0)^{1/\mathrm{depth}}`: the layers of a flow together scale by s(0), as one does alone.
 
     Raises:
         TypeError, ValueError: an argument is out of its range; the message names it.
@@ -62,13 +71,18 @@ class MaskedAffineAutoregressive(Bijection):
         scale: str | Scale = "softclip",
         recompute: bool = False,
         adjacency: Tensor | None = None,
+        depth: int = 1,
     ) -> None:
         super().__init__()
         self.scale = scale_map(OWNER, scale)
+        start = self.scale.start(positive_int(OWNER, "depth", depth))
         self.network = MADE(
             *(features, 2, hidden_features, context_features, activation, order, residual),
             adjacency=adjacency,
         )
+        _NearIdentity(self.network.layers[-1], start)
+        if len(self.network.layers) == 1 and self.network.context_layer is not None:
+            _NearIdentity(self.network.context_layer, start)
         self.features = self.network.features
         self.context_features = self.network.context_features
         self.recompute = bool(recompute)
@@ -87,3 +101,25 @@ class MaskedAffineAutoregressive(Bijection):
 
     def extra_repr(self) -> str:
         return f"scale={self.scale}" + ", recompute=True" * self.recompute
+
+
+class _NearIdentity:
+    """The `reset_parameters` of a layer that makes shifts and raw scales, two for every feature.
+
+    Its weights start small, its biases at shift 0 and at a raw scale. It belongs to the layer, not
+    to its parent, since tools that fill modules made on the meta device ask every module alone.
+    """
+
+    def __init__(self, layer: nn.Linear, start: float) -> None:
+        self.layer, self.start = layer, start
+        layer.__dict__["reset_parameters"] = self
+        self()
+
+    def __call__(self) -> None:
+        nn.Linear.reset_parameters(self.layer)
+        with torch.no_grad():
+            self.layer.weight.mul_(SMALL)
+            if self.layer.bias is not None:
+                shift, scale = self.layer.bias.view(-1, 2).unbind(-1)
+                shift.zero_()
+                scale.fill_(self.start)

@@ -151,6 +151,7 @@ class MADE(Arranged):
             if plain_linear(context_layer):
                 terms = ContextTerm.of(context_layer, context)
             else:
+                context = context.to(weights[0].dtype)  # it may refuse a mix
                 terms = [context_layer(context), *[None] * (len(layers) - 1)]
         return {
             "weights": weights,
