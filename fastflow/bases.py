@@ -64,15 +64,17 @@ def moved(distribution: Distribution, change: Callable[[Tensor], Tensor]) -> Dis
     return copy.deepcopy(distribution, new)
 
 
-def takes_context(module: nn.Module) -> bool:
-    """Whether the forward of a module takes an argument."""
+def takes_context(module: nn.Module) -> tuple[bool, bool]:
+    """Whether the forward of a module takes an argument, and whether it needs one."""
     kinds = (
         inspect.Parameter.POSITIONAL_ONLY,
         inspect.Parameter.POSITIONAL_OR_KEYWORD,
         inspect.Parameter.VAR_POSITIONAL,
     )
     arguments = inspect.signature(module.forward).parameters.values()
-    return any(argument.kind in kinds for argument in arguments)
+    found = [argument for argument in arguments if argument.kind in kinds]
+    needed = any(one.default is one.empty and one.kind != kinds[2] for one in found)
+    return bool(found), needed
 
 
 def check_made(owner: str, made: Distribution, features: int, batch: tuple[int, ...]) -> None:

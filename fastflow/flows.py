@@ -48,7 +48,7 @@ class Flow(nn.Module):
     Raises:
         TypeError: the bijection is not a `fastflow.Bijection`, or the base none of these.
         ValueError: the base's event shape is not (D,), it has a batch shape, holds tensors with
-            gradients, is on another device than the bijection or takes another context.
+            gradients, or takes another context than the bijection.
 
     Note:
         For finite x, context and parameters `log_prob` is never NaN where the bijection's own
@@ -68,7 +68,7 @@ class Flow(nn.Module):
         (torch.Size([5, 2]), torch.Size([5]))
     """
 
-    _base_takes_context = False
+    _base_takes_context = _base_needs_context = False
 
     def __init__(self, bijection: Bijection, base: Distribution | nn.Module | None = None) -> None:
         super().__init__()
@@ -103,6 +103,8 @@ class Flow(nn.Module):
             own = context if self._base_takes_context else None
             if isinstance(module, Flow):
                 return module.distribution(own)
+            if own is None and self._base_needs_context:
+                raise TypeError(f"Flow: base {type(module).__name__} needs a context, it is None")
             made = module() if own is None else module(own)
             check_made("Flow", made, self.features, () if own is None else own.shape[:-1])
             return made
@@ -235,7 +237,8 @@ class Flow(nn.Module):
     def _take_base(self, base: Distribution | nn.Module | None) -> None:
         features = self.features
         if isinstance(base, nn.Module):
-            self.base_module, self._base_takes_context = base, takes_context(base)
+            self.base_module = base
+            self._base_takes_context, self._base_needs_context = takes_context(base)
             if isinstance(base, Flow):
                 sizes = base.bijection.context_features, self.bijection.context_features
                 if base.features != features or (all(sizes) and sizes[0] != sizes[1]):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastflow.bijections.base import Bijection, check_batches, check_features, positive_int
 from fastflow.bijections.made import MADE
 from fastflow.functional.autoregressive import autoregressive, autoregressive_inverse
-from fastflow.scales import Scale, scale_map
+from fastflow.scales import Gate, Scale, scale_map
 
 OWNER = "MaskedAffineAutoregressive"
 SMALL = 0.01  # the weights of outputs at the start, as a share of PyTorch's
@@ -40,8 +40,10 @@ class MaskedAffineAutoregressive(Bijection):
             it.
 
     The layer starts near the identity, for every context: the weights of the last layer (and those
-    of the context where it feeds that layer) are a hundredth of PyTorch's, its biases give shift 0
-    and scale s = 1. The maps that cannot reach 1, "gate" and "sigmoid", start at
+    of the context where it feeds that layer) are a hundredth of PyTorch's, large enough for
+    gradients to reach the layers below; its biases give shift 0 and scale s = 1. The weights of the
+    gate's shifts are PyTorch's own, for 1 - s is small. The maps that cannot reach 1, "gate" and
+    "sigmoid", start at
     :math:`s(0)^{1/\mathrm{depth}}`: the layers of a flow together scale by s(0), as one does alone.
 
     Raises:
@@ -80,9 +82,11 @@ class MaskedAffineAutoregressive(Bijection):
             *(features, 2, hidden_features, context_features, activation, order, residual),
             adjacency=adjacency,
         )
-        _NearIdentity(self.network.layers[-1], start)
+        outputs = [self.network.layers[-1]]
         if len(self.network.layers) == 1 and self.network.context_layer is not None:
-            _NearIdentity(self.network.context_layer, start)
+            outputs.append(self.network.context_layer)
+        for layer in outputs:
+            _NearIdentity(layer, 1.0 if isinstance(self.scale, Gate) else SMALL, start)
         self.features = self.network.features
         self.context_features = self.network.context_features
         self.recompute = bool(recompute)
@@ -108,17 +112,25 @@ class _NearIdentity:
 
     Its weights start small, its biases at shift 0 and at a raw scale. It belongs to the layer, not
     to its parent, since tools that fill modules made on the meta device ask every module alone.
+
+    Arguments:
+        layer: whose method it becomes.
+        shifts: the weights of the shifts, as a share of PyTorch's.
+        start: the raw scale.
     """
 
-    def __init__(self, layer: nn.Linear, start: float) -> None:
-        self.layer, self.start = layer, start
+    def __init__(self, layer: nn.Linear, shifts: float, start: float) -> None:
+        self.layer, self.shares, self.start = layer, (shifts, SMALL), start
         layer.__dict__["reset_parameters"] = self
         self()
 
     def __call__(self) -> None:
         nn.Linear.reset_parameters(self.layer)
         with torch.no_grad():
-            self.layer.weight.mul_(SMALL)
+            for weights, share in zip(
+                self.layer.weight.unflatten(0, (-1, 2)).unbind(1), self.shares
+            ):
+                weights.mul_(share)
             if self.layer.bias is not None:
                 shift, scale = self.layer.bias.view(-1, 2).unbind(-1)
                 shift.zero_()
