@@ -341,6 +341,7 @@ class MAF(Flow):
     A stack of `MaskedAffineAutoregressive` layers maps data to noise, the direction in which a
     layer computes all features at once. Sampling inverts layer after layer, each for about the
     cost of one pass, so that training by samples (reverse KL) is as cheap as training by data.
+    However deep, it starts near the base.
 
     Arguments:
         features: D.
@@ -386,6 +387,7 @@ class IAF(Flow):
     A stack of `MaskedAffineAutoregressive` layers maps noise to samples. It is the flow of rich
     posteriors: samples and their densities come from one pass, and the context reaches every
     feature. The density of given points, one inversion of every layer, costs about the same.
+    However deep, it starts near the base: all gates together forget as much as one alone would.
 
     Arguments:
         features: D.
