@@ -16,6 +16,7 @@ from torch.distributions import Distribution, Transform, constraints
 from fastflow.bijections.base import Bijection, check_bijection, check_features, refuse_context
 from fastflow.functional.checks import check_tensors
 from fastflow.memo import Memo, tensors_of
+from fastflow.overflow import overflowed
 from fastflow.transforms import transforms_active
 
 if TYPE_CHECKING:
@@ -85,14 +86,21 @@ class BijectionTransform(Transform):
 
     def _inverse(self, y: Tensor) -> Tensor:
         x, ladj = self.bijection.inverse(y, self.context)
+        lost = overflowed(x, y, self.context)
+        x = torch.where(lost[..., None], torch.inf, x)  # where a base has density 0
+        ladj = torch.where(lost, 0, ladj)
         self._ladj.keep(self._inputs(x, y), (-ladj,))
         return x
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        r"""log|det dy/dx| of a pair x, y (\*batch, D): shape (\*batch,)."""
+        r"""log|det dy/dx| of a pair x, y (\*batch, D): shape (\*batch,).
+
+        0 where a finite y has an x that is out of range, and so infinite: a base's density is 0.
+        """
         known = self._ladj.recall(self._inputs(x, y))
         if known is None:
-            return self.bijection(x, self.context)[1]
+            ladj = self.bijection(x, self.context)[1]
+            return torch.where(overflowed(x, y, self.context), 0, ladj)
         if not self._cache_size:
             self._ladj.clear()  # it holds on to the graph
         return known[0]

@@ -9,9 +9,18 @@ import pickle
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributions import Independent, Normal
+from torch.distributions import Independent, Normal, TransformedDistribution
 
-from fastflow import IAF, MAF, Flow, Inverse, MaskedAffineAutoregressive, PCPMap, PlanarFlow
+from fastflow import (
+    IAF,
+    MAF,
+    BijectionTransform,
+    Flow,
+    Inverse,
+    MaskedAffineAutoregressive,
+    PCPMap,
+    PlanarFlow,
+)
 from fastflow.bijections.composition import Chain
 from fastflow.reference.scales import log_scale
 from fastflow.scales import NAMES, Gate, Sigmoid, Softplus
@@ -150,6 +159,11 @@ def test_a_density_of_a_finite_point_is_not_nan(name: str, dtype: torch.dtype) -
         assert not found.isnan().any()
         assert name in FAR or (found == -math.inf).any()
         assert torch.equal(law.log_prob(x), found)
+        if flow.base_module is None and flow._base is None:
+            given = BijectionTransform(flow.bijection, context)
+            made = TransformedDistribution(flow.base, given).log_prob(x)
+            torch.testing.assert_close(made.isinf(), found.isinf())
+            assert not made.isnan().any()
         x[3], x[4, 2] = math.nan, math.nan
         if context is not None:
             context[5, 1] = math.nan
