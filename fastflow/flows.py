@@ -315,7 +315,9 @@ class Flow(nn.Module):
                 for one in (x, context)
             )
             z, ladj = self.bijection.inverse(x, self._for_bijection(context))
-            some = self.base_log_prob(z, context) + ladj
+            # of no rows some distributions have no density
+            some = z.sum(-1) if not len(z) else self.base_log_prob(z, context)
+            some = some + ladj
             return some.new_full(lost.shape, -math.inf).index_put((kept,), some)
         return self.base_log_prob(z, context) + ladj if log_prob is None else log_prob
 
