@@ -16,6 +16,7 @@ from torch.distributions.transforms import _InverseTransform
 
 from fastflow.bijections.base import Bijection, check_bijection, check_features, refuse_context
 from fastflow.functional.checks import as_shape, check_tensors
+from fastflow.overflow import overflowed
 
 if TYPE_CHECKING:
     from fastflow.flows import Flow
@@ -79,11 +80,17 @@ class BijectionTransform(Transform):
         return self.bijection(x, self.context)[0]
 
     def _inv_call(self, y: Tensor) -> Tensor:
-        return self.bijection.inverse(y, self.context)[0]
+        x = self.bijection.inverse(y, self.context)[0]
+        lost = overflowed(x, y, self.context)
+        return torch.where(lost[..., None], torch.inf, x)  # where a base has density 0
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        r"""log|det dy/dx| of a pair x, y (\*batch, D), computed from x: shape (\*batch,)."""
-        return self.bijection(x, self.context)[1]
+        r"""log|det dy/dx| of a pair x, y (\*batch, D), computed from x: shape (\*batch,).
+
+        0 where a finite y has an x that is out of range, and so infinite: a base's density is 0.
+        """
+        ladj = self.bijection(x, self.context)[1]
+        return torch.where(overflowed(x, y, self.context), 0, ladj)
 
     def forward_shape(self, shape: Sequence[int]) -> torch.Size:
         """The shape of y for one of x: the batch of the context is broadcast with its own."""
@@ -139,7 +146,7 @@ class FlowDistribution(Distribution):
     def __init__(
         self, flow: Flow, context: Tensor | None = None, validate_args: bool | None = None
     ) -> None:
-        check_context(type(self).__name__, flow.bijection, context)
+        flow.check_context(type(self).__name__, context)
         self.flow, self.context = flow, context
         batch = torch.Size() if context is None else context.shape[:-1]
         super().__init__(batch, torch.Size((flow.features,)), validate_args)
@@ -152,7 +159,7 @@ class FlowDistribution(Distribution):
     @property
     def has_rsample(self) -> bool:
         """Whether the base distribution can be reparametrised."""
-        return self.flow.base.has_rsample
+        return self.flow.base_distribution(self.context).has_rsample
 
     @property
     def mean(self) -> Tensor:

@@ -23,6 +23,14 @@ class Scale:
         """The two constants c0, c1 of the formula."""
         raise NotImplementedError
 
+    def start(self, depth: int) -> float:
+        """The raw scale a with which the layers of a flow of this depth start: s = 1 if it can be.
+
+        Maps that stay below 1 (nearly) start at s(0) ** (1 / depth), so that `depth` of them scale
+        by s(0).
+        """
+        return 0.0
+
 
 @dataclass(frozen=True)
 class SoftClip(Scale):
@@ -69,6 +77,9 @@ class Softplus(Scale):
     def constants(self) -> tuple[float, float]:
         return self.offset, self.minimum
 
+    def start(self, depth: int) -> float:
+        return math.log(math.expm1(1 - self.minimum)) - self.offset
+
 
 @dataclass(frozen=True)
 class Sigmoid(Scale):
@@ -90,6 +101,12 @@ class Sigmoid(Scale):
     @property
     def constants(self) -> tuple[float, float]:
         return self.offset, self.minimum
+
+    def start(self, depth: int) -> float:
+        s = math.exp(_log_sigmoid(self.offset)) + self.minimum
+        if not self.minimum < s < 1:  # to rounding
+            return 0.0
+        return _share(math.log(s), depth, self.minimum) - self.offset
 
 
 @dataclass(frozen=True)
@@ -136,6 +153,21 @@ class Gate(Scale):
     @property
     def constants(self) -> tuple[float, float]:
         return self.bias, 0.0
+
+    def start(self, depth: int) -> float:
+        log_s = _log_sigmoid(self.bias)
+        return _share(log_s, depth) - self.bias if -700 < log_s < 0 else 0.0
+
+
+def _share(log_scale: float, depth: int, extra: float = 0.0) -> float:
+    """The logit of exp(log_scale / depth) - extra; 0 <= extra < exp(log_scale) < 1."""
+    p = math.exp(log_scale / depth) - extra
+    rest = extra - math.expm1(log_scale / depth)  # 1 - p, with all its digits
+    return math.log(p / rest)
+
+
+def _log_sigmoid(x: float) -> float:
+    return min(x, 0.0) - math.log1p(math.exp(-abs(x)))
 
 
 NAMES = {

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import pickle
 
+import flow_zoo
 import pytest
 import torch
 from conftest import Target
@@ -292,15 +294,14 @@ def test_reprs_name_what_matters() -> None:
             "MaskedAffineAutoregressive: x is a list, must be a torch.Tensor",
         ),
         (
-            lambda: fastflow.IAF(2, context_features=3).double()(torch.zeros(2), torch.zeros(3)),
+            lambda: fastflow.IAF(2, context_features=3)(torch.zeros(2), torch.zeros(3).long()),
             TypeError,
-            "MaskedAffineAutoregressive: context is torch.float32, must be torch.float64 as the "
-            "parameters are",
+            "MaskedAffineAutoregressive: context is torch.int64, must be a floating-point tensor",
         ),
         (
-            lambda: ConditionalPlanarFlow(2, 3)(torch.zeros(2), torch.zeros(3).double()),
+            lambda: ConditionalPlanarFlow(2, 3)(torch.zeros(2), torch.zeros(3).long()),
             TypeError,
-            "context is torch.float64, must be torch.float32 as the parameters are",
+            "ConditionalPlanarFlow: context is torch.int64, must be a floating-point tensor",
         ),
         (lambda: Permutation([0, 0]), ValueError, r"order is \[0, 0\]"),
         (lambda: Permutation([]), ValueError, "order is"),
@@ -311,3 +312,44 @@ def test_reprs_name_what_matters() -> None:
 def test_bad_arguments_are_named(make: object, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         make()
+
+
+HALF = (torch.float16, torch.bfloat16)
+TYPES = (*HALF, torch.float32, torch.float64)
+
+
+@pytest.mark.parametrize("name", [*flow_zoo.FLOWS])
+@pytest.mark.parametrize("of_parameters", TYPES)
+def test_types_are_promoted_together(name: str, of_parameters: torch.dtype) -> None:
+    """The image has the promoted type, and its accuracy, whichever argument brings it."""
+    flow = flow_zoo.make(name).to(of_parameters)
+    exact = copy.deepcopy(flow).double()
+    x, context = flow_zoo.points(flow, 5)
+    x = x.bfloat16()  # a number in every type, but for some rounding in float16
+    context = None if context is None else context.bfloat16()
+    for of_x, of_context in itertools.product(TYPES, TYPES if context is not None else TYPES[:1]):
+        points, own = x.to(of_x), None if context is None else context.to(of_context)
+        want = torch.promote_types(of_x, of_parameters)
+        want = want if own is None else torch.promote_types(want, of_context)
+        for direction in ("forward", "inverse"):
+            image, ladj = getattr(flow.bijection, direction)(points, own)
+            assert image.dtype == want and ladj.dtype == torch.promote_types(want, torch.float32)
+            other = None if own is None else own.double()
+            image_64, ladj_64 = getattr(exact.bijection, direction)(points.double(), other)
+            # what goes from layer to layer is rounded to the promoted type
+            tolerance = 1e-9 if want == torch.float64 else max(1e-4, 16 * torch.finfo(want).eps)
+            close = {"rtol": tolerance, "atol": tolerance}
+            torch.testing.assert_close(image.double(), image_64, **close)
+            torch.testing.assert_close(ladj.double(), ladj_64, **close)
+
+
+@pytest.mark.parametrize("name", [*flow_zoo.FLOWS])
+def test_integers_are_refused(name: str) -> None:
+    flow = flow_zoo.make(name)
+    x, context = flow_zoo.points(flow, 5)
+    cases = [(x.long(), context)]
+    cases += [] if context is None else [(x, context.long())]
+    for points, own in cases:
+        for direction in ("forward", "inverse"):
+            with pytest.raises(TypeError, match=r"torch.int64, must be a floating-point tensor"):
+                getattr(flow.bijection, direction)(points, own)

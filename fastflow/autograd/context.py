@@ -65,9 +65,18 @@ class ContextTerm(NamedTuple):
         own = layer._parameters
         return cls(context, own["weight"], own["bias"], activated)
 
-    def computed(self, activation: int, layers: int) -> list[Tensor | None]:
-        """The terms of all layers; `activation` is the network's, by number."""
-        term = nnf.linear(self.context, self.weight, self.bias)
+    def computed(
+        self, activation: int, layers: int, dtype: torch.dtype | None = None
+    ) -> list[Tensor | None]:
+        """The terms of all layers; `activation` is the network's, by number.
+
+        They are computed in a type where one is given, and otherwise in that of the tensors.
+        """
+        context, weight, bias = self[:3]
+        if dtype is not None:
+            context, weight = context.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        term = nnf.linear(context, weight, bias)
         first = BY_NUMBER[activation].value(term) if self.activated else term
         return [first, *[None] * (layers - 1)]
 

@@ -6,18 +6,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastflow.bijections.base import Bijection, check_batches, check_features
+from fastflow.bijections.base import Bijection, check_batches, check_features, positive_int
 from fastflow.bijections.made import MADE
 from fastflow.functional.autoregressive import autoregressive, autoregressive_inverse
 from fastflow.inner import plain
 from fastflow.reference.autoregressive import inverse_by_passes
 from fastflow.reference.network import reach
 from fastflow.reference.scales import step
-from fastflow.scales import Scale, scale_map
+from fastflow.scales import Gate, Scale, scale_map
 
 OWNER = "MaskedAffineAutoregressive"
+SMALL = 0.01  # the weights of outputs at the start, as a share of PyTorch's
 
 
 class MaskedAffineAutoregressive(Bijection):
@@ -40,6 +41,15 @@ class MaskedAffineAutoregressive(Bijection):
             `fastflow.scales`.
         recompute: save memory in training: backward computes the hidden layers once more instead
             of keeping them.
+        depth: how many such layers the whole flow has; the start of "gate" and "sigmoid" depends on
+            it.
+
+    The layer starts near the identity, for every context: the weights of the last layer (and those
+    of the context where it feeds that layer) are a hundredth of PyTorch's, large enough for
+    gradients to reach the layers below; its biases give shift 0 and scale s = 1. The weights of the
+    gate's shifts are PyTorch's own, for 1 - s is small. The maps that cannot reach 1, "gate" and
+    "sigmoid", start at
+    :math:`s(0)^{1/\mathrm{depth}}`: the layers of a flow together scale by s(0), as one does alone.
 
     Raises:
         TypeError, ValueError: an argument is out of its range; the message names it.
@@ -68,13 +78,20 @@ class MaskedAffineAutoregressive(Bijection):
         scale: str | Scale = "softclip",
         recompute: bool = False,
         adjacency: Tensor | None = None,
+        depth: int = 1,
     ) -> None:
         super().__init__()
         self.scale = scale_map(OWNER, scale)
+        start = self.scale.start(positive_int(OWNER, "depth", depth))
         self.network = MADE(
             *(features, 2, hidden_features, context_features, activation, order, residual),
             adjacency=adjacency,
         )
+        outputs = [self.network.layers[-1]]
+        if len(self.network.layers) == 1 and self.network.context_layer is not None:
+            outputs.append(self.network.context_layer)
+        for layer in outputs:
+            _NearIdentity(layer, 1.0 if isinstance(self.scale, Gate) else SMALL, start)
         self.features = self.network.features
         self.context_features = self.network.context_features
         self.recompute = bool(recompute)
@@ -132,3 +149,33 @@ class MaskedAffineAutoregressive(Bijection):
 
     def extra_repr(self) -> str:
         return f"scale={self.scale}" + ", recompute=True" * self.recompute
+
+
+class _NearIdentity:
+    """The `reset_parameters` of a layer that makes shifts and raw scales, two for every feature.
+
+    Its weights start small, its biases at shift 0 and at a raw scale. It belongs to the layer, not
+    to its parent, since tools that fill modules made on the meta device ask every module alone.
+
+    Arguments:
+        layer: whose method it becomes.
+        shifts: the weights of the shifts, as a share of PyTorch's.
+        start: the raw scale.
+    """
+
+    def __init__(self, layer: nn.Linear, shifts: float, start: float) -> None:
+        self.layer, self.shares, self.start = layer, (shifts, SMALL), start
+        layer.__dict__["reset_parameters"] = self
+        self()
+
+    def __call__(self) -> None:
+        nn.Linear.reset_parameters(self.layer)
+        with torch.no_grad():
+            for weights, share in zip(
+                self.layer.weight.unflatten(0, (-1, 2)).unbind(1), self.shares
+            ):
+                weights.mul_(share)
+            if self.layer.bias is not None:
+                shift, scale = self.layer.bias.view(-1, 2).unbind(-1)
+                shift.zero_()
+                scale.fill_(self.start)

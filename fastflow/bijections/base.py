@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import SupportsIndex
 
-import torch
 from torch import Tensor, nn
 
 from fastflow.functional.checks import as_int, broadcast_batches
@@ -22,6 +21,11 @@ class Bijection(nn.Module):
     A bijection that takes a context says of how many features, in `context_features`; it requires
     one. All others refuse a context. Bijections made of others take one if any of their members
     does, and give it to those members alone, so that both kinds may be mixed.
+
+    Floating-point types may be mixed: points, context and parameters are promoted together as in
+    PyTorch's arithmetic (`torch.promote_types`) and computed with in that type, in float32 at
+    least; the image has the promoted type, ladj float32 at least. Autocast rounds what networks
+    make of a context, and nothing else. Integer points or contexts are refused.
 
     A bijection of your own sets `features` and defines both methods, with a context that may be
     None; it then works in `Chain`, `Inverse`, `Flow` and everything built on them.
@@ -61,7 +65,8 @@ class Bijection(nn.Module):
             y (\*batch, D) and ladj (\*batch,).
 
         Raises:
-            TypeError: a context is given to a map that takes none, or is missing or no tensor.
+            TypeError: a context is given to a map that takes none, or is missing; points or context
+                are no floating-point tensors.
             ValueError: shapes do not fit.
         """
         raise NotImplementedError(f"{type(self).__name__} has no forward")
@@ -123,17 +128,12 @@ def check_batches(owner: str, name: str, points: Tensor, context: Tensor | None)
 
 
 def check_type(owner: str, name: str, tensor: Tensor, parameter: Tensor) -> None:
-    """Raises TypeError unless a tensor has the type of the parameters that it meets.
+    """Raises TypeError unless a tensor can be computed with together with parameters.
 
-    PyTorch's own layers refuse a mix too, without a name; under autocast there is none.
+    Floating-point types may differ: they are promoted.
     """
-    if tensor.dtype == parameter.dtype:
-        return
-    device = tensor.device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
-        raise TypeError(
-            f"{owner}: {name} is {tensor.dtype}, must be {parameter.dtype} as the parameters are"
-        )
+    if tensor.dtype != parameter.dtype and not tensor.is_floating_point():
+        raise TypeError(f"{owner}: {name} is {tensor.dtype}, must be a floating-point tensor")
 
 
 def refuse_context(owner: str, context: Tensor | None) -> None:

@@ -166,6 +166,7 @@ class MADE(Arranged):
             elif plain_linear(context_layer):
                 terms = ContextTerm.of(context_layer, context)
             else:
+                context = context.to(weights[0].dtype)  # it may refuse a mix
                 terms = [context_layer(context), *[None] * (len(layers) - 1)]
         if held is None:
             return None

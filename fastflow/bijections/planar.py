@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -13,12 +13,13 @@ from torch.nn import functional as nnf
 from fastflow.bijections.base import (
     Bijection,
     check_features,
-    check_type,
     positive_int,
     refuse_context,
 )
 from fastflow.functional.checks import broadcast_batches, check_tensors
 from fastflow.functional.planar_flow import check_constraint, planar_flow, planar_flow_inverse
+
+OWNER = "ConditionalPlanarFlow"
 
 
 class PlanarFlow(Bijection):
@@ -121,15 +122,14 @@ class ConditionalPlanarFlow(Bijection):
         constraint: str = "paper",
     ) -> None:
         super().__init__()
-        owner = "ConditionalPlanarFlow"
-        self.features = positive_int(owner, "features", features)
-        self.context_features = positive_int(owner, "context_features", context_features)
-        self.steps = positive_int(owner, "steps", steps)
-        self.constraint = check_constraint(owner, constraint)
+        self.features = positive_int(OWNER, "features", features)
+        self.context_features = positive_int(OWNER, "context_features", context_features)
+        self.steps = positive_int(OWNER, "steps", steps)
+        self.constraint = check_constraint(OWNER, constraint)
         if not isinstance(hidden_features, Sequence):
-            raise TypeError(f"{owner}: hidden_features is {hidden_features!r}, must be a sequence")
+            raise TypeError(f"{OWNER}: hidden_features is {hidden_features!r}, must be a sequence")
         widths = [self.context_features]
-        widths += [positive_int(owner, "hidden_features", width) for width in hidden_features]
+        widths += [positive_int(OWNER, "hidden_features", width) for width in hidden_features]
         layers: list[nn.Module] = []
         for fan_in, fan_out in pairwise(widths):
             layers += [nn.Linear(fan_in, fan_out), nn.ELU()]
@@ -149,35 +149,54 @@ class ConditionalPlanarFlow(Bijection):
             context: (\*batch, C).
 
         Returns:
-            w, u (\*batch, K, D) and b (\*batch, K).
+            w, u (\*batch, K, D) and b (\*batch, K), in the type to which those of context and
+            parameters are promoted.
 
         Raises:
-            TypeError: the context is not a floating-point tensor, or of another type than the
-                parameters.
+            TypeError: the context is not a floating-point tensor.
             ValueError: its last dimension is not of size C.
         """
-        check_tensors("ConditionalPlanarFlow", context=context)
-        check_features("ConditionalPlanarFlow", "context", context, self.context_features)
+        check_tensors(OWNER, context=context)
+        dtype = torch.promote_types(context.dtype, self._type(context))
+        w, u, b = (one.to(dtype) for one in self._made(context, dtype))
+        return w, u, b
+
+    def _type(self, context: Tensor) -> torch.dtype:
+        """The type of the parameters; that of the context where tools replaced the last layer."""
         weight = getattr(self.network[-1], "weight", None)
-        if isinstance(weight, Tensor):  # not so in what tools put in the place of a layer
-            check_type("ConditionalPlanarFlow", "context", context, weight)
+        return weight.dtype if isinstance(weight, Tensor) else context.dtype
+
+    def _made(self, context: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """The chain's parameters, computed in a type, in float32 at least."""
+        check_features(OWNER, "context", context, self.context_features)
+        compute, own = torch.promote_types(dtype, torch.float32), self._type(context)
+        if context.dtype == own == compute:
+            made = self.network(context)
+        else:
+            cast = {name: one.to(compute) for name, one in self.network.named_parameters()}
+            made = torch.func.functional_call(self.network, cast, context.to(compute))
         size = self.steps * self.features
-        w, u, b = self.network(context).split([size, size, self.steps], dim=-1)
+        w, u, b = made.split([size, size, self.steps], dim=-1)
         shape = (self.steps, self.features)
         return w.unflatten(-1, shape), u.unflatten(-1, shape), b
 
-    def _parameters_for(self, **tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """The chain's parameters for points and a context, named as the caller knows them."""
-        owner = "ConditionalPlanarFlow"
-        check_tensors(owner, **tensors)
-        broadcast_batches(owner, **{name: tensor.shape[:-1] for name, tensor in tensors.items()})
-        return self.parameters_of(tensors["context"])
+    def _run(
+        self, op: Callable, name: str, points: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        check_tensors(OWNER, **{name: points, "context": context})
+        broadcast_batches(OWNER, **{name: points.shape[:-1], "context": context.shape[:-1]})
+        dtype = self._type(context)
+        if points.dtype != dtype or context.dtype != dtype:
+            for tensor in (points, context):
+                dtype = torch.promote_types(dtype, tensor.dtype)
+        image, ladj = op(points, *self._made(context, dtype), self.constraint)
+        return image.to(dtype), ladj
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return planar_flow(x, *self._parameters_for(x=x, context=context), self.constraint)
+        return self._run(planar_flow, "x", x, context)
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return planar_flow_inverse(y, *self._parameters_for(y=y, context=context), self.constraint)
+        return self._run(planar_flow_inverse, "y", y, context)
 
     def extra_repr(self) -> str:
         return (

@@ -65,7 +65,7 @@ def run(
     if known and (outputs := _quickly(*network, terms)) is not None:
         return outputs  # most calls need nothing below
     if isinstance(terms, ContextTerm):
-        term, terms = terms, terms.computed(setting[0], len(weights))
+        term, terms = terms, terms.computed(setting[0], len(weights), _promoted(x, *terms[:2]))
         if known and (outputs := _quickly(*network, terms)) is not None:
             return outputs
     weights = _tensors(op, "weights", weights)
@@ -102,6 +102,10 @@ def run(
         if (outputs := _quickly(*network, terms)) is not None:
             return outputs
 
+    if term is not None:  # made in float32 at least, whatever the types of the others
+        tensors = {x_name: x, "context": term.context, "weight": term.weight} | {
+            name: tensor for name, tensor in tensors.items() if not name.startswith("terms")
+        }
     dtype = x.dtype
     for tensor in tensors.values():
         dtype = torch.promote_types(dtype, tensor.dtype)
@@ -119,6 +123,15 @@ def run(
     )
     y, *rest = outputs
     return y.view(*batch, y.shape[-1]).to(dtype), *(one.view(batch) for one in rest)
+
+
+def _promoted(*tensors: Tensor) -> torch.dtype:
+    """The type in which tensors are computed together: that of PyTorch's promotion, but float32 at
+    least."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
 
 
 def _quickly(

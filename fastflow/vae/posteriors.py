@@ -6,12 +6,14 @@ the noise becomes, so that a caller decides about random numbers and about the n
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastflow.bijections import Bijection
+from fastflow.overflow import overflowed
 from fastflow.vae.objectives import (
     diagonal_normal_log_prob,
     gaussian_kl,
@@ -37,7 +39,8 @@ class Posterior(nn.Module):
         raise NotImplementedError
 
     def log_prob(self, z: Tensor, h: Tensor) -> Tensor:
-        """log q(z | x), shape (*samples, B), at any z (*samples, B, D)."""
+        """log q(z | x), shape (*samples, B), at any z (*samples, B, D); no NaN where z and h are
+        finite: -inf where the density is 0 to rounding."""
         raise NotImplementedError
 
 
@@ -116,8 +119,11 @@ class FlowPosterior(GaussianPosterior):
         return Draw(z, log_q, log_q - standard_normal_log_prob(z))
 
     def log_prob(self, z: Tensor, h: Tensor) -> Tensor:
-        z_0, ladj = self.bijection.inverse(z, self._context_of(h))
-        return self.base_log_prob(z_0, h) + ladj
+        context = self._context_of(h)
+        z_0, ladj = self.bijection.inverse(z, context)
+        lost = overflowed(z_0, z, h)  # their density is 0 to rounding
+        log_prob = self.base_log_prob(torch.where(lost[..., None], 0, z_0), h) + ladj
+        return torch.where(lost, -math.inf, log_prob)
 
     def base_draw(self, h: Tensor, noise: Tensor) -> Tensor:
         """z_0, the draw before the bijection, shape (*samples, B, D)."""
