@@ -58,6 +58,26 @@ def own_method(module: nn.Module, name: str) -> bool:
     return value.__func__ is getattr(type(module), name, None)
 
 
+def inside(root: nn.Module) -> tuple[list[nn.Module | None], bool]:
+    """A module and all those inside it, level after level; and whether they all are `plain`."""
+    modules, quiet = [root], not global_hooks()
+    for module in modules:  # which grows
+        if module is None:
+            continue
+        own = module.__dict__
+        if (
+            own["_forward_pre_hooks"]
+            or own["_forward_hooks"]
+            or own["_backward_pre_hooks"]
+            or own["_backward_hooks"]
+            or "forward" in own
+        ):
+            quiet = quiet and plain(module)
+        if own["_modules"]:
+            modules += own["_modules"].values()
+    return modules, quiet
+
+
 def plain_tensors(layers: Sequence[nn.Module]) -> tuple[list[Tensor], list[Tensor | None]] | None:
     """The weights and biases of linear layers; None if one is not a plain `nn.Linear`."""
     weights, biases = [], []
