@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -314,9 +314,7 @@ def test_what_knows_no_mask_is_refused(way: str, inverse: bool) -> None:
 def test_a_network_that_is_wrapped_is_refused(inverse: bool) -> None:
     layer = fastflow.MaskedAffineAutoregressive(D, (8, 8))
     layer.network = checkpoint_wrapper(layer.network)
-    with pytest.raises(
-        TypeError, match="network is a .*CheckpointWrapper, must be a fastflow.MADE"
-    ):
+    with pytest.raises(TypeError, match=r"network is a .*CheckpointWrapper, must be"):
         (layer.inverse if inverse else layer)(torch.randn(5, D))
 
 
