@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastflow.inner import inside, own_method
+from fastflow.inner import Watched, global_hooks, inside, own_method, plain
 from fastflow.memo import tensors
 from fastflow.transforms import wrapped
 
@@ -73,13 +73,15 @@ class MaskedLayer(Converted):
     nothing but compiled calls follow, need a call of `prepare`.
     """
 
-    derived = ("_stairs", "_sources", "_kinds", "_places")
+    derived = ("_stairs", "_sources", "_kinds", "_places", "_watched")
     methods: ClassVar[tuple[str, ...]] = ()
     """Methods of the library's class that its own code calls, and that converted calls skip."""
     _kinds: list[type]
     """The classes of the modules of the network."""
     _places: list[int]
     """Which of these are the masked layers, from the inputs up."""
+    _watched: tuple[Watched, list[nn.Module]] | None
+    """The network as it was last found plain, and the masked layers; no copy has it."""
     _stairs: Tensor | list[Tensor] | None
     _sources: list[tuple[Tensor, float]]
 
@@ -100,12 +102,21 @@ class MaskedLayer(Converted):
         Arguments:
             called: whether this is for a call, to which hooks and other methods matter.
         """
-        modules, quiet = inside(self.root())
+        for name in self.methods:
+            if called and name in self.__dict__:
+                return None
+        root, compiling = self.root(), torch.compiler.is_compiling()
+        if not compiling and self._watched is not None and self._watched[0].holds(root):
+            return self._watched[1]
+        modules = inside(root)
         if [*map(type, modules)] != self._kinds:
             return None
-        if called and not (quiet and not any([name in self.__dict__ for name in self.methods])):
+        layers = [modules[place] for place in self._places]
+        if called and (global_hooks() or not all([m is None or plain(m) for m in modules])):
             return None
-        return [modules[place] for place in self._places]
+        if called and not compiling:
+            self._watched = Watched(modules), layers
+        return layers
 
     def derive(self, sources: Sequence[Tensor]) -> Tensor | list[Tensor]:
         """The masks of the layers' buffers as `fastflow.functional.autoregressive` takes them.
@@ -121,8 +132,8 @@ class MaskedLayer(Converted):
 
     def prepare(self) -> None:
         self.check()
-        modules, _ = inside(self.root())
-        layers = self.find_layers()
+        modules, layers = inside(self.root()), self.find_layers()
+        self._watched = None
         self._kinds = [*map(type, modules)]
         self._places = [modules.index(layer) for layer in layers]
         self._derive(tensors(layers, "mask"))
@@ -205,7 +216,7 @@ class MaskedLayer(Converted):
         self.refresh()
         inherited = getattr(super(), "__getstate__", None)
         state = dict(inherited() if inherited else self.__dict__)
-        return state | {"_sources": []}
+        return state | {"_sources": [], "_watched": None}
 
 
 def check_methods(name: str, module: nn.Module) -> None:

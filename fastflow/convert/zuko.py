@@ -28,7 +28,6 @@ from fastflow.convert.activations import check_hooks, one_activation
 from fastflow.convert.joined import JoinedLayer
 from fastflow.convert.layer import Unsupported
 from fastflow.functional.autoregressive import autoregressive, autoregressive_inverse
-from fastflow.memo import tensors
 from fastflow.scales import SoftClip
 
 SLOPE = inspect.signature(transforms.MonotonicAffineTransform).parameters["slope"].default
@@ -90,10 +89,10 @@ class MaskedAutoregressiveTransform(JoinedLayer, flows.MaskedAutoregressiveTrans
     methods = ("meta",)
 
     def forward(self, c: Tensor | None = None) -> Transform:
-        layers = self.layers()
-        if layers is None:
+        hyper = self.root()
+        if type(hyper) is not MaskedMLP:
             return AutoregressiveTransform(self, c)  # the library's own code will answer
-        _, context_features = self.sizes(tensors(layers, "weight"))
+        context_features = hyper.in_features - hyper.out_features // 2
         if not context_features:
             refuse_context("MaskedAutoregressiveTransform", c)
         elif c is None:
