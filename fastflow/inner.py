@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from itertools import chain
 from types import MethodType
 from typing import Any
 
@@ -56,6 +57,48 @@ def own_method(module: nn.Module, name: str) -> bool:
     if not isinstance(value, MethodType) or value.__self__ is not module:
         return False
     return value.__func__ is getattr(type(module), name, None)
+
+
+def inside(root: nn.Module) -> list[nn.Module | None]:
+    """A module and all those inside it, level after level."""
+    modules = [root]
+    for module in modules:  # which grows
+        if module is not None:
+            modules += module._modules.values()
+    return modules
+
+
+class Watched:
+    """The modules of a network that was found `plain`, to see quickly that it still is.
+
+    Arguments:
+        modules: what `inside` gives.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module | None]) -> None:
+        found = [module for module in modules if module is not None]
+        self.root, self._modules, self._kinds = modules[0], found, [*map(type, found)]
+        # lists of modules are not called
+        self._own = [module.__dict__ for module in found if type(module) is not nn.ModuleList]
+        self._parents = [module._modules for module in found if module._modules]
+        self._children = [*chain.from_iterable(map(dict.values, self._parents))]
+
+    def holds(self, root: nn.Module | None) -> bool:
+        """Whether this is the network, of the same modules, and still plain."""
+        if root is not self.root or [*map(type, self._modules)] != self._kinds or global_hooks():
+            return False
+        if [*chain.from_iterable(map(dict.values, self._parents))] != self._children:
+            return False
+        for own in self._own:
+            if (
+                own["_forward_hooks"]
+                or own["_forward_pre_hooks"]
+                or own["_backward_hooks"]
+                or own["_backward_pre_hooks"]
+                or "forward" in own
+            ):
+                return False
+        return True
 
 
 def plain_tensors(layers: Sequence[nn.Module]) -> tuple[list[Tensor], list[Tensor | None]] | None:

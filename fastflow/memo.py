@@ -40,12 +40,11 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
 def tensors(modules: Sequence[nn.Module], name: str) -> list[Tensor | None]:
     """The weight, bias or other tensor of this name of every module, as it is now."""
     # past __getattr__ of modules, which in a small model takes longer than the network
-    given = name in modules[0]._parameters
-    kept = [module._parameters if given else module._buffers for module in modules]
-    if all(name in one for one in kept):
-        return [one[name] for one in kept]
-    # parametrized, say
-    return [getattr(module, name) for module in modules]
+    kept = "_parameters" if name in modules[0]._parameters else "_buffers"
+    try:
+        return [module.__dict__[kept][name] for module in modules]
+    except KeyError:  # parametrized, say
+        return [getattr(module, name) for module in modules]
 
 
 def _state(tensor: Tensor) -> tuple[int, bool] | None:

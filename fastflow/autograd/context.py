@@ -21,6 +21,7 @@ from fastflow.inner import global_hooks, plain
 from fastflow.reference import autoregressive
 from fastflow.reference.network import BY_NUMBER
 
+
 class Op(NamedTuple):
     """The names of an op's two passes, and the op without a context in plain PyTorch."""
 

@@ -160,13 +160,14 @@ class MADE(Arranged):
                     f"{owner}: context is {got}, must be a tensor (*batch, {self.context_features})"
                 )
             check_features(owner, "context", context, self.context_features)
-            check_type(owner, "context", context, held[0][0] if held else layers[0].weight)
+            own = held[0][0] if held else layers[0].weight
+            check_type(owner, "context", context, own)
             if held is None:
                 pass  # it is called with the others
             elif plain_linear(context_layer):
                 terms = ContextTerm.of(context_layer, context)
             else:
-                context = context.to(weights[0].dtype)  # it may refuse a mix
+                context = context.to(own.dtype)  # it may refuse a mix
                 terms = [context_layer(context), *[None] * (len(layers) - 1)]
         if held is None:
             return None
@@ -187,7 +188,7 @@ class MADE(Arranged):
         for level, (layer, mask) in enumerate(zip(self.layers, self.masks()), 1):
             p = call_masked(layer, mask, x)
             if level == 1 and self.context_layer is not None:
-                p = p + self.context_layer(context)
+                p = p + self.context_layer(context.to(layer.weight.dtype))  # it may refuse a mix
             if skips(level, hidden, self.residual):
                 p = p + found[level - 3]
             found.append(p)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as nnf
 
-from fastflow.convert.layer import Unsupported
+from fastflow.convert.layer import Unsupported, check_methods
 from fastflow.reference.network import LEAK
 
 FUNCTIONS: dict[Callable, str] = {
@@ -76,7 +76,10 @@ def one_activation(activations: Iterable[Callable]) -> str:
 
 
 def check_hooks(module: nn.Module) -> None:
-    """Raises Unsupported if a module, or one inside it, has hooks that nobody would call."""
+    """Raises Unsupported if a module, or one inside it, has hooks or replaced methods.
+
+    Such hooks would not be called, nor would the methods.
+    """
     for path, part in module.named_modules():
         hooks = (
             part._forward_pre_hooks,
@@ -86,3 +89,4 @@ def check_hooks(module: nn.Module) -> None:
         )
         if any(hooks):
             raise Unsupported(f"{path or type(part).__name__} has hooks, which would not be called")
+        check_methods(path or type(part).__name__, part)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastflow.autograd.context import ContextTerm
 from fastflow.convert.layer import MaskedLayer, Unsupported, as_bool
@@ -27,24 +27,20 @@ class JoinedLayer(MaskedLayer):
     _activation: str
     _scale: Scale
 
-    def layers(self) -> list[nn.Module]:
-        """The masked layers, first to last."""
-        raise NotImplementedError(f"{type(self).__name__} has no layers")
-
-    def sizes(self, layers: Sequence[nn.Module]) -> tuple[int, int]:
-        """D and C."""
-        features = layers[-1].out_features // 2
-        return features, layers[0].in_features - features
+    def sizes(self, given: Sequence[Tensor]) -> tuple[int, int]:
+        """D and C, from the weights or the masks of all layers."""
+        features = len(given[-1]) // 2
+        return features, given[0].shape[1] - features
 
     def network(self, context: Tensor | None = None) -> dict[str, Any] | None:
         """The layer at a context as ops take it; None where the library's own code must answer."""
         layers = self.layers()
-        stairs = self.stairs(tensors(layers, "mask"))
+        stairs = None if layers is None else self.stairs(tensors(layers, "mask"))
         if stairs is None:
             return None
         weights, terms = tensors(layers, "weight"), None
         if context is not None:
-            own, of_context = self._parts(weights[0], self.sizes(layers))
+            own, of_context = self._parts(weights[0], self.sizes(weights))
             weights[0] = own.contiguous()  # as the node wants it, see fastflow.autograd.node
             terms = ContextTerm(context, of_context.contiguous(), None, activated=False)
         return {
@@ -56,12 +52,9 @@ class JoinedLayer(MaskedLayer):
             "scale": self._scale,
         }
 
-    def sources(self) -> list[Tensor]:
-        return tensors(self.layers(), "mask")
-
     def derive(self, sources: Sequence[Tensor]) -> Tensor:
         seen = as_bool(sources)
-        sizes = self.sizes(self.layers())
+        sizes = self.sizes(seen)
         seen[0], of_context = self._parts(seen[0], sizes)
         if not of_context.all():
             raise Unsupported("its masks hide the context from some features")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from fastflow.inner import Watched, global_hooks, inside, own_method, plain
+from fastflow.memo import tensors
 from fastflow.notices import warn
 from fastflow.transforms import wrapped
 
@@ -38,6 +40,7 @@ class Converted:
     @classmethod
     def twin(cls, layer: nn.Module) -> Converted:
         """A converted layer that shares everything with the given one, which stays as it is."""
+        check_methods("the layer", layer)
         found = object.__new__(cls)
         found.__dict__.update(layer.__dict__)
         found.prepare()
@@ -52,7 +55,12 @@ class Converted:
         """Makes this layer what it was."""
         for name in self.derived:
             del self.__dict__[name]
-        self.__class__ = type(self).__bases__[-1]
+        kind = type(self)
+        *others, original = kind.__bases__
+        if issubclass(original, Converted):  # a tool's class of it, as parametrizations make one
+            body = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
+            original = type(kind)(kind.__name__, (*others, original.__bases__[-1]), body)
+        self.__class__ = original
 
 
 class MaskedLayer(Converted):
@@ -65,16 +73,53 @@ class MaskedLayer(Converted):
     nothing but compiled calls follow, need a call of `prepare`.
     """
 
-    derived = ("_stairs", "_sources")
+    derived = ("_stairs", "_sources", "_kinds", "_places", "_watched")
+    methods: ClassVar[tuple[str, ...]] = ()
+    """Methods of the library's class that its own code calls, and that converted calls skip."""
+    _kinds: list[type]
+    """The classes of the modules of the network."""
+    _places: list[int]
+    """Which of these are the masked layers, from the inputs up."""
+    _watched: tuple[Watched, list[nn.Module]] | None
+    """The network as it was last found plain, and the masked layers; no copy has it."""
     _stairs: Tensor | list[Tensor] | None
     _sources: list[tuple[Tensor, float]]
 
-    def sources(self) -> Sequence[Tensor]:
-        """The buffers as they are now, of which `derive` makes the staircase."""
-        raise NotImplementedError(f"{type(self).__name__} has no sources")
+    def root(self) -> nn.Module | None:
+        """The network, of which the library's own code calls all modules."""
+        raise NotImplementedError(f"{type(self).__name__} has no root")
+
+    def find_layers(self) -> list[nn.Module]:
+        """The masked layers of a network that `check` has found known, from the inputs up."""
+        raise NotImplementedError(f"{type(self).__name__} has no find_layers")
+
+    def layers(self, called: bool = True) -> list[nn.Module] | None:
+        """The masked layers; None where the library's own code must answer.
+
+        That is so where a module of the network is not what it was when the layer was converted, or
+        has hooks or another `forward`, so that it must be called.
+
+        Arguments:
+            called: whether this is for a call, to which hooks and other methods matter.
+        """
+        for name in self.methods:
+            if called and name in self.__dict__:
+                return None
+        root, compiling = self.root(), torch.compiler.is_compiling()
+        if not compiling and self._watched is not None and self._watched[0].holds(root):
+            return self._watched[1]
+        modules = inside(root)
+        if [*map(type, modules)] != self._kinds:
+            return None
+        layers = [modules[place] for place in self._places]
+        if called and (global_hooks() or not all([m is None or plain(m) for m in modules])):
+            return None
+        if called and not compiling:
+            self._watched = Watched(modules), layers
+        return layers
 
     def derive(self, sources: Sequence[Tensor]) -> Tensor | list[Tensor]:
-        """The masks as `fastflow.functional.autoregressive` takes them.
+        """The masks of the layers' buffers as `fastflow.functional.autoregressive` takes them.
 
         Raises:
             Unsupported: it takes no such masks.
@@ -87,7 +132,11 @@ class MaskedLayer(Converted):
 
     def prepare(self) -> None:
         self.check()
-        self._derive(self.sources())
+        modules, layers = inside(self.root()), self.find_layers()
+        self._watched = None
+        self._kinds = [*map(type, modules)]
+        self._places = [modules.index(layer) for layer in layers]
+        self._derive(tensors(layers, "mask"))
 
     def adopt(self, layer: nn.Module) -> None:
         super().adopt(layer)
@@ -103,7 +152,7 @@ class MaskedLayer(Converted):
         """The masks as ops take them; None where the library's own class must answer.
 
         Arguments:
-            sources: what `sources` returns.
+            sources: the masks of all layers, as they are now.
         """
         if torch.compiler.is_compiling() or self._seen(sources):
             return self._stairs
@@ -117,7 +166,11 @@ class MaskedLayer(Converted):
 
     def refresh(self) -> None:
         """Makes the staircase anew if the masks are others, for compiled calls."""
-        sources = self.sources()
+        layers = self.layers(called=False)
+        if layers is None:
+            self._sources = []  # the next call of a network that is known again will tell
+            return
+        sources = tensors(layers, "mask")
         if not self._seen(sources):
             try:
                 self._derive(sources)
@@ -159,7 +212,18 @@ class MaskedLayer(Converted):
         self.refresh()
         inherited = getattr(super(), "__getstate__", None)
         state = dict(inherited() if inherited else self.__dict__)
-        return state | {"_sources": []}
+        return state | {"_sources": [], "_watched": None}
+
+
+def check_methods(name: str, module: nn.Module) -> None:
+    """Raises Unsupported if methods of a module were replaced on the instance."""
+    kind = type(module)
+    for key, value in vars(module).items():
+        if not callable(getattr(kind, key, None)) or own_method(module, key):
+            continue
+        if getattr(value, "__self__", None) is module and hasattr(kind, value.__name__):
+            continue  # another of its own, as Pyro's constructor chooses one
+        raise Unsupported(f"{name} has a {key} of its own, which would not be called")
 
 
 def as_bool(given: Sequence[Tensor]) -> list[Tensor]:

@@ -30,6 +30,7 @@ class MadeLayer(MaskedLayer):
     made: ClassVar[ModuleType]
     """The library's module that defines MADE and its parts."""
     scale: ClassVar[Scale]
+    methods = ("_elementwise_forward", "_elementwise_inverse", "_unconstrained_scale_and_shift")
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         network = self.network(inputs, context)
@@ -45,8 +46,8 @@ class MadeLayer(MaskedLayer):
 
     def network(self, inputs: Tensor, context: Tensor | None) -> dict[str, Any] | None:
         """The network as ops take it; None where the library's own class must answer."""
-        layers = self.masked_layers()
-        stairs = self.stairs(tensors(layers, "mask"))
+        layers = self.layers()
+        stairs = None if layers is None else self.stairs(tensors(layers, "mask"))
         if stairs is None or inputs.dim() != 2:  # the library's class knows rows only
             return None
         return {
@@ -63,22 +64,15 @@ class MadeLayer(MaskedLayer):
         """What the context (B, C) adds to the pre-activations of every layer."""
         raise NotImplementedError(f"{type(self).__name__} has no terms")
 
-    def masked_layers(self) -> list[nn.Module]:
-        """The masked layers, from the inputs up."""
-        # not by attribute: in a small model, modules' __getattr__ takes longer than the network
-        net = self._modules["autoregressive_net"]._modules
-        layers = [net["initial_layer"]]
-        for block in net["blocks"]._modules.values():
-            parts = block._modules
-            if "linear" in parts:
-                layers.append(parts["linear"])
-            else:
-                layers += parts["linear_layers"]._modules.values()
-        layers.append(net["final_layer"])
-        return layers
+    def root(self) -> nn.Module | None:
+        return self._modules.get("autoregressive_net")
 
-    def sources(self) -> list[Tensor]:
-        return tensors(self.masked_layers(), "mask")
+    def find_layers(self) -> list[nn.Module]:
+        net = self.autoregressive_net
+        layers = [net.initial_layer]
+        for block in net.blocks:
+            layers += [block.linear] if hasattr(block, "linear") else block.linear_layers
+        return [*layers, net.final_layer]
 
     def derive(self, sources: Sequence[Tensor]) -> Tensor:
         shown = self.as_computed(as_bool(sources))

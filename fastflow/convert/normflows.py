@@ -53,7 +53,7 @@ class MaskedAffineAutoregressive(MadeLayer, autoregressive.MaskedAffineAutoregre
         # the library's class refuses a context in feed-forward blocks
         network = super().network(inputs, None) if context is None else None
         if network is not None:
-            first, second = tensors(self.masked_layers()[:2], "mask")
+            first, second = tensors(self.find_layers()[:2], "mask")
             w0, w1, *weights = network["weights"]
             b0, b1, *biases = network["biases"]
             w1 = torch.where(second != 0, w1, 0)

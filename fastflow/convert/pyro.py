@@ -71,19 +71,28 @@ class MaskedNetwork(JoinedLayer):
     interleaved = False
     kind: type[networks.ConditionalAutoRegressiveNN]
     """The exact class of the network."""
+    place: str
+    """The name of the network in the layer."""
 
     @property
     def hyper(self) -> networks.ConditionalAutoRegressiveNN:
         """The network."""
-        raise NotImplementedError(f"{type(self).__name__} has no hyper")
+        return getattr(self, self.place)
 
     @property
     def options(self) -> dict[str, Any]:
         """The options of the affine step by name; those that are missing have their defaults."""
         raise NotImplementedError(f"{type(self).__name__} has no options")
 
-    def layers(self) -> list[MaskedLinear]:
+    def root(self) -> nn.Module | None:
+        return self._modules.get(self.place)
+
+    def find_layers(self) -> list[MaskedLinear]:
         return list(self.hyper.layers)
+
+    def layers(self, called: bool = True) -> list[nn.Module] | None:
+        layers = super().layers(called)
+        return None if called and layers and "_forward" in self.hyper.__dict__ else layers
 
     def check(self) -> None:
         hyper = self.hyper
@@ -128,10 +137,7 @@ class AffineAutoregressive(
 
     kind = networks.AutoRegressiveNN
     remembered = "_cached_log_scale"
-
-    @property
-    def hyper(self) -> networks.ConditionalAutoRegressiveNN:
-        return self.arn
+    place = "arn"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -177,17 +183,15 @@ class ConditionalAffineAutoregressive(
 
     kind = networks.ConditionalAutoRegressiveNN
     conditioned = ConditionedAffineAutoregressive
-
-    @property
-    def hyper(self) -> networks.ConditionalAutoRegressiveNN:
-        return self.nn
+    place = "nn"
 
     @property
     def options(self) -> dict[str, Any]:
         return self.kwargs
 
     def condition(self, context: Tensor) -> Conditioned:
-        check_features(type(self).__name__, "context", context, self.nn.context_dim)
+        if isinstance(self.nn, self.kind):
+            check_features(type(self).__name__, "context", context, self.nn.context_dim)
         return super().condition(context)
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Transform
 from torch.distributions.transforms import _InverseTransform
 from zuko import flows, transforms
@@ -93,9 +93,13 @@ class MaskedAutoregressiveTransform(JoinedLayer, flows.MaskedAutoregressiveTrans
 
     context_first = False
     interleaved = True
+    methods = ("meta",)
 
     def forward(self, c: Tensor | None = None) -> Transform:
-        _, context_features = self.sizes(self.layers())
+        hyper = self.root()
+        if type(hyper) is not MaskedMLP:
+            return AutoregressiveTransform(self, c)  # the library's own code will answer
+        context_features = hyper.in_features - hyper.out_features // 2
         if not context_features:
             refuse_context("MaskedAutoregressiveTransform", c)
         elif c is None:
@@ -106,14 +110,19 @@ class MaskedAutoregressiveTransform(JoinedLayer, flows.MaskedAutoregressiveTrans
             check_features("MaskedAutoregressiveTransform", "c", c, context_features)
         return AutoregressiveTransform(self, c)
 
-    def layers(self) -> list[MaskedLinear]:
+    def root(self) -> nn.Module | None:
+        return self._modules.get("hyper")
+
+    def find_layers(self) -> list[MaskedLinear]:
         return list(self.hyper)[::2]
 
     def check(self) -> None:
         self._scale = scale_of(self.univariate)
+        if type(self.hyper) is not MaskedMLP:
+            raise Unsupported(f"its network is a {type(self.hyper).__name__}, not a MaskedMLP")
         if any(isinstance(part, Residual) for part in self.hyper):
             raise Unsupported("residual=True: zuko's blocks do not begin with an activation")
-        strange = {type(part) for part in (self.hyper, *self.layers())} - {MaskedMLP, MaskedLinear}
+        strange = {type(part) for part in self.find_layers()} - {MaskedLinear}
         if strange:
             names = ", ".join(sorted(kind.__name__ for kind in strange))
             raise Unsupported(f"its network has parts of class {names}")
