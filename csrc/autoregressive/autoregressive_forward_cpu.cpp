@@ -82,7 +82,28 @@ void forward_tile(const AutoregressiveArgs& args, const Network<T>& network, con
 }
 
 template <class T>
+struct SavedScratch;
+
+// The whole batch as one tile, and the weights as they lie.
+template <class T>
+void forward_unsorted(const AutoregressiveArgs& args) {
+  const Network<T> network(args, Weights::unsorted);
+  const TileShape shape(args), whole = shape.whole();
+  const bool spread = args.saved && shape.count > 1;
+  AutoregressiveArgs given = args;
+  using S = Scratch<SavedScratch<T>>;
+  S scratch(S::template bytes<T>(spread ? shape.total * whole.rows : 0));
+  T* saved = static_cast<T*>(args.saved);
+  if (spread) given.saved = scratch.template take<T>(shape.total * whole.rows);
+  forward_tile(given, network, whole, 0);
+  if (spread)
+    for_tiles(shape, whole.rows, saved, static_cast<T*>(given.saved),
+              [&](T* to, const T* from) { std::copy_n(from, shape.rows, to); });
+}
+
+template <class T>
 void forward(const AutoregressiveArgs& args) {
+  if (Network<T>::leaves(args)) return forward_unsorted<T>(args);
   const Network<T> network(args);
   const TileShape shape(args);
   parallel_tasks(shape.count, network.cycles(args.batch) > kThreadCycles,

@@ -30,8 +30,9 @@ int64_t all_activation_units(const Network<T>& network) {
 }
 
 // What the products over a group of consecutive tiles need of them: the cotangents dP_1 .. dP_{L+1}
-// of each tile, level after level as (n_l, R), and the activations A_0 .. A_L of all, in panels. A
-// context is one more level of both, the last.
+// of each tile, level after level as (n_l, R), and the activations A_0 .. A_L of all, in panels, in
+// the order of the weights' columns where these are used as they lie. A context is one more level
+// of both, the last.
 template <class T>
 struct TileGroup {
   const Network<T>& network;
@@ -67,35 +68,53 @@ struct TileGroup {
   // Takes over A_0 .. A_L of a tile, level after level as (n_l, R).
   void set_activations(int64_t tile, const T* a) const {
     T* to = panels + tile * R * kPanel<T>;
-    const auto set = [&](int64_t columns) {
-      tile_to_panels(a, R, std::min(R, rows - tile * R), columns, to, capacity);
+    const auto set = [&](int64_t columns, const int32_t* place) {
+      tile_to_panels(a, R, std::min(R, rows - tile * R), columns, place, to, capacity);
       a += columns * R;
       to += round_up(columns, kPanel<T>) * capacity;
     };
-    for (int64_t l = 0; l < network.layer_count; ++l) set(network.layers[l].columns);
-    if (network.context) set(network.context->columns);
+    for (int64_t l = 0; l < network.layer_count; ++l) set(network.layers[l].columns, network.layers[l].place);
+    if (network.context) set(network.context->columns, nullptr);
   }
 };
+
+// Rows first .. last - 1 (in sorted order) of the gradient of weights in any order, for all rows of
+// the batch: every gradient is computed, and those of masked weights are replaced by zero.
+template <class T>
+void unsorted_outer_rows(T* dweight, const SortedLayer<T>& layer, const TileGroup<T>& group,
+                         const T* d, int64_t d_stride, const T* panels, int64_t first,
+                         int64_t last) {
+  stair_outer(d, d_stride, group.R, panels, group.capacity, group.rows, layer.all, first, last,
+              [&](int64_t o, int64_t i, int64_t n, Vec<T> sums) {
+                const auto seen = Vec<T>::load(layer.places + i) < Vec<T>(T(layer.prefix[o]));
+                store_up_to(select(seen, sums, Vec<T>(T(0))),
+                            dweight + layer.order[o] * layer.columns + i, n);
+              });
+}
 
 // Rows first .. last - 1 (in sorted order) of a layer's gradients.
 template <class T>
 void outer_rows(const MaskedLayer& to, const SortedLayer<T>& layer, const TileGroup<T>& group,
                 const T* d, int64_t d_stride, const T* panels, int64_t first, int64_t last) {
   T* dweight = static_cast<T*>(to.dweight);
-  if (group.first)
-    for (int64_t k = first; k < last; ++k)
-      std::fill_n(dweight + to.order[k] * layer.columns, layer.columns, T(0));
-  stair_outer(d, d_stride, group.R, panels, group.capacity, group.rows, layer.prefix, first, last,
-              [&](int64_t o, int64_t i, int64_t n, Vec<T> sums) {
-                T* row = dweight + to.order[o] * layer.columns;
-                if (layer.columns_in_order) {
-                  store_up_to(load_up_to(row + i, n) + sums, row + i, n);
-                  return;
-                }
-                T each[Vec<T>::lanes];
-                sums.store(each);
-                for (int64_t j = 0; j < n; ++j) row[to.column_order[i + j]] += each[j];
-              });
+  if (layer.places) {
+    unsorted_outer_rows(dweight, layer, group, d, d_stride, panels, first, last);
+  } else {
+    if (group.first)
+      for (int64_t k = first; k < last; ++k)
+        std::fill_n(dweight + to.order[k] * layer.columns, layer.columns, T(0));
+    stair_outer(d, d_stride, group.R, panels, group.capacity, group.rows, layer.prefix, first, last,
+                [&](int64_t o, int64_t i, int64_t n, Vec<T> sums) {
+                  T* row = dweight + to.order[o] * layer.columns;
+                  if (layer.columns_in_order) {
+                    store_up_to(load_up_to(row + i, n) + sums, row + i, n);
+                    return;
+                  }
+                  T each[Vec<T>::lanes];
+                  sums.store(each);
+                  for (int64_t j = 0; j < n; ++j) row[to.column_order[i + j]] += each[j];
+                });
+  }
   T* dbias = static_cast<T*>(to.dbias);
   for (int64_t k = first; dbias && k < last; ++k) {
     T& at = dbias[to.order[k]];

@@ -24,6 +24,13 @@ struct TileShape {
     for (int64_t l = 0; l + 1 < args.layer_count; ++l) total += args.layers[l].rows;
   }
 
+  // One tile for all rows of a batch that has no more than the most rows of a tile.
+  TileShape whole() const {
+    TileShape shape = *this;
+    shape.rows = round_up(batch, 16);
+    shape.count = 1;
+    return shape;
+  }
   int64_t live_rows(int64_t tile) const { return std::min(rows, batch - tile * rows); }
   template <class T>
   int64_t live_vectors(int64_t tile) const {
