@@ -118,22 +118,23 @@ void backward_tile(const AutoregressiveArgs& args, const Network<T>& network,
 template <class T>
 struct SavedScratch;
 
-// The whole batch as one tile, and the weights as they lie.
+// Wide tiles one after the other, and the weights as they lie.
 template <class T>
 void backward_unsorted(const AutoregressiveArgs& args) {
   const Network<T> network(args, Weights::unsorted);
-  const TileShape shape(args), whole = shape.whole();
+  const TileShape shape(args), wide = shape.widened();
+  const int64_t size = shape.rows != wide.rows ? wide.count * wide.rows * shape.total : 0;
   AutoregressiveArgs given = args;
   using S = Scratch<SavedScratch<T>>;
-  S scratch(S::template bytes<T>(shape.total * whole.rows));
-  if (shape.count > 1) {
-    T* saved = scratch.template take<T>(shape.total * whole.rows);
-    for_tiles(shape, whole.rows, static_cast<const T*>(args.saved), saved,
+  S scratch(S::template bytes<T>(size));
+  if (size) {
+    T* saved = scratch.template take<T>(size);
+    for_tiles(shape, wide, static_cast<const T*>(args.saved), saved,
               [&](const T* from, T* to) { std::copy_n(from, shape.rows, to); });
     given.saved = saved;
   }
-  backward_tiles(given, network, whole, [&](int64_t tile, T* cotangents, T* activations) {
-    backward_tile(given, network, whole, tile, cotangents, activations);
+  backward_tiles(given, network, wide, [&](int64_t tile, T* cotangents, T* activations) {
+    backward_tile(given, network, wide, tile, cotangents, activations);
   });
 }
 

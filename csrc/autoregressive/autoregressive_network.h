@@ -53,13 +53,16 @@ class Network {
  public:
   int64_t layer_count;            // L + 1
   int64_t widest;                 // max of n_0 .. n_{L+1}
+  bool unsorted;                  // the weights are used as they lie
   const SortedLayer<T>* layers;   // (L + 1)
   const SortedLayer<T>* context;  // null if there is none
   const int32_t* order;           // (D), of the features
   const int32_t* position;        // (D)
 
   explicit Network(const AutoregressiveArgs& args, Weights weights = Weights::sorted)
-      : layer_count(args.layer_count), memory_(bytes(args, weights)) {
+      : layer_count(args.layer_count),
+        unsorted(weights == Weights::unsorted),
+        memory_(bytes(args, weights)) {
     auto* sorted = memory_.template take<SortedLayer<T>>(layer_count);
     layers = sorted;
     order = args.layers[0].column_order;
@@ -87,9 +90,11 @@ class Network {
   }
 
   // Whether a pass over the batch is better off with the weights as they lie: where most of them
-  // are out of order, to copy them takes as long as the products with all rows of a tile.
+  // are out of order, to copy them takes as long as the products with all rows of a tile, and where
+  // the copies leave the cache, with a few tiles.
   static bool leaves(const AutoregressiveArgs& args) {
-    if (args.batch > kMostTileRows) return false;
+    constexpr int64_t kFewRows = kOuterRows, kManyBytes = int64_t(1) << 20;
+    if (args.batch > kFewRows) return false;
     bool columns_in_order = is_identity(args.layers[0].column_order, args.features);
     int64_t copied = 0, all = 0;
     for (int64_t l = 0; l < args.layer_count; ++l) {
@@ -98,7 +103,8 @@ class Network {
       if (copies(layer, columns_in_order, Weights::sorted)) copied += layer.rows * layer.columns;
       columns_in_order = is_identity(layer.order, layer.rows);
     }
-    return 2 * copied > all;
+    const bool many = args.batch > kMostTileRows && all * int64_t(sizeof(T)) < kManyBytes;
+    return 2 * copied > all && !many;
   }
 
   // Of a pass over the batch, roughly, to decide whether it is worth a thread.
@@ -214,7 +220,8 @@ class Network {
       columns_in_order = is_identity(args.layers[l].order, args.layers[l].rows);
     }
     if (args.context)
-      sum += Memory::template bytes<SortedLayer<T>>(1) + bytes(args.context->layer, true, Weights::sorted);
+      sum += Memory::template bytes<SortedLayer<T>>(1) +
+             bytes(args.context->layer, true, Weights::sorted);
     return sum;
   }
   static size_t bytes(const MaskedLayer& layer, bool columns_in_order, Weights weights) {

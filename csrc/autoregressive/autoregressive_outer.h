@@ -73,13 +73,15 @@ struct TileGroup {
       a += columns * R;
       to += round_up(columns, kPanel<T>) * capacity;
     };
-    for (int64_t l = 0; l < network.layer_count; ++l) set(network.layers[l].columns, network.layers[l].place);
+    for (int64_t l = 0; l < network.layer_count; ++l)
+      set(network.layers[l].columns, network.layers[l].place);
     if (network.context) set(network.context->columns, nullptr);
   }
 };
 
 // Rows first .. last - 1 (in sorted order) of the gradient of weights in any order, for all rows of
-// the batch: every gradient is computed, and those of masked weights are replaced by zero.
+// the batch, which are kOuterRows at most: every entry is written once, those of masked weights as
+// zero.
 template <class T>
 void unsorted_outer_rows(T* dweight, const SortedLayer<T>& layer, const TileGroup<T>& group,
                          const T* d, int64_t d_stride, const T* panels, int64_t first,
@@ -190,14 +192,15 @@ void backward_tiles(const AutoregressiveArgs& args, const Network<T>& network,
   for (int64_t row = 0; row < args.batch; row += group_rows) {
     group.rows = std::min(group_rows, args.batch - row);
     group.first = row == 0;
-    parallel_tasks((group.rows + R - 1) / R, network.cycles(group.rows) > kThreadCycles,
-                   [&](int64_t i) {
-                     using A = Scratch<ActivationScratch<T>>;
-                     A memory(A::template bytes<T>(a_size));
-                     T* activations = memory.template take<T>(a_size);
-                     backward_tile(row / R + i, group.cotangents(i), activations);
-                     if (args.layers[0].dweight) group.set_activations(i, activations);
-                   });
+    // where the weights lie as they do, the threads share a tile
+    const bool share = network.cycles(group.rows) > kThreadCycles && !network.unsorted;
+    parallel_tasks((group.rows + R - 1) / R, share, [&](int64_t i) {
+      using A = Scratch<ActivationScratch<T>>;
+      A memory(A::template bytes<T>(a_size));
+      T* activations = memory.template take<T>(a_size);
+      backward_tile(row / R + i, group.cotangents(i), activations);
+      if (args.layers[0].dweight) group.set_activations(i, activations);
+    });
     if (args.layers[0].dweight) outer_products(args, group);
   }
 }

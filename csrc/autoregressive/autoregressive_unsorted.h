@@ -1,5 +1,5 @@
-// Layers whose weights are used where they lie, in any order: few rows make one tile, and all
-// threads share the units of a level, one level after the other.
+// Layers whose weights are used where they lie, in any order: one wide tile after the other, and
+// all threads share the units of a level, one level after the other.
 #pragma once
 
 #include "../common/staircase_unsorted.h"
@@ -57,16 +57,20 @@ void unsorted_backward(const SortedLayer<T>& layer, const T* d_out, T* d, int64_
   });
 }
 
-// Between `saved`, which has tiles of their own size, and a tile of the whole batch.
-template <class Saved, class Whole, class Copy>
-void for_tiles(const TileShape& shape, int64_t whole_rows, Saved* saved, Whole* whole,
+// Between `saved`, whose tiles are those of `shape`, and the same in wider tiles: copy(p, q) for
+// the rows of a tile and a unit.
+template <class Saved, class Wide, class Copy>
+void for_tiles(const TileShape& shape, const TileShape& wide, Saved* saved, Wide* widened,
                const Copy& copy) {
-  parallel_for(shape.total, kThreadCycles / whole_rows, [&](int64_t begin, int64_t end) {
-    for (int64_t tile = 0; tile < shape.count; ++tile)
-      for (int64_t j = begin; j < end; ++j)
-        copy(saved + (tile * shape.total + j) * shape.rows,
-             whole + j * whole_rows + tile * shape.rows);
-  });
+  parallel_for(shape.total, kThreadCycles / round_up(shape.batch, 16),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t tile = 0; tile < shape.count; ++tile) {
+                   const int64_t row = tile * shape.rows, within = row % wide.rows;
+                   for (int64_t j = begin; j < end; ++j)
+                     copy(saved + row * shape.total + j * shape.rows,
+                          widened + (row - within) * shape.total + j * wide.rows + within);
+                 }
+               });
 }
 
 }  // namespace fastflow

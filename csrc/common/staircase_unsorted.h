@@ -92,14 +92,13 @@ void panel_product(const T* panel, const int32_t* prefix, int64_t count, const T
           const Vec<T> weights = Vec<T>::load(panel + k * kPanelUnits<T> + v * lanes);
 #pragma GCC unroll 8
           for (int r = 0; r < Rows; ++r)
-            sum[v][r] = seen(v, k, multiply_add(weights, Vec<T>(a[k * rows + r]), sum[v][r]),
-                             sum[v][r]);
+            sum[v][r] =
+                seen(v, k, multiply_add(weights, Vec<T>(a[k * rows + r]), sum[v][r]), sum[v][r]);
         }
     };
     const int64_t end = std::min(k0 + kSteps, last), middle = std::clamp(all, k0, end);
-    steps(k0, middle, [](int, int64_t, Vec<T> more, Vec<T>) FASTFLOW_INLINE_LAMBDA {
-      return more;
-    });
+    steps(k0, middle,
+          [](int, int64_t, Vec<T> more, Vec<T>) FASTFLOW_INLINE_LAMBDA { return more; });
     steps(middle, end, [&](int v, int64_t k, Vec<T> more, Vec<T> less) FASTFLOW_INLINE_LAMBDA {
       return select(Vec<T>::load(ends + v * lanes) > Vec<T>(T(k)), more, less);
     });
@@ -175,15 +174,14 @@ void compared_columns(const Unsorted<T>& w, int64_t first, const T* d, T* c, int
           const Mask<T> mask = places[v] < seen;
 #pragma GCC unroll 8
           for (int r = 0; r < Rows; ++r)
-            sum[r][v] = select(
-                mask, multiply_add(weights, Vec<T>(d[o * rows + r]), sum[r][v]), sum[r][v]);
+            sum[r][v] =
+                select(mask, multiply_add(weights, Vec<T>(d[o * rows + r]), sum[r][v]), sum[r][v]);
         }
       }
     };
     if (count == Vectors * lanes)
-      steps([](const T* row, int v) FASTFLOW_INLINE_LAMBDA {
-        return Vec<T>::load(row + v * lanes);
-      });
+      steps([](const T* row, int v)
+                FASTFLOW_INLINE_LAMBDA { return Vec<T>::load(row + v * lanes); });
     else
       steps([&](const T* row, int v) FASTFLOW_INLINE_LAMBDA {
         return load_up_to(row + v * lanes, std::max<int64_t>(count - v * lanes, 0));
@@ -201,7 +199,9 @@ void compared_columns(const Unsorted<T>& w, int64_t first, const T* d, T* c, int
 // Columns that unsorted_transposed takes at a time: wide pieces of the rows of W for few sums each.
 template <class T>
 int64_t strip_columns(int64_t live) {
-  return (live == 1 ? 2 * kVectors : live <= kNarrowRows ? kVectors : kPanelVectors) *
+  return (live == 1             ? 2 * kVectors
+          : live <= kNarrowRows ? kVectors
+                                : kPanelVectors) *
          Vec<T>::lanes;
 }
 
