@@ -89,12 +89,12 @@ class Network {
     }
   }
 
-  // Whether a pass over the batch is better off with the weights as they lie: where most of them
-  // are out of order, to copy them takes as long as the products with all rows of a tile, and where
-  // the copies leave the cache, with a few tiles.
+  // Whether a pass over the batch is better off with the weights as they lie. Where most of them
+  // are out of order, to copy them takes as long as the products with all rows of a tile, and with
+  // more rows the further the copies are from what the caches hold.
   static bool leaves(const AutoregressiveArgs& args) {
-    constexpr int64_t kFewRows = kOuterRows, kManyBytes = int64_t(1) << 20;
-    if (args.batch > kFewRows) return false;
+    constexpr int64_t bytes_per_row = int64_t(1) << 16, most_rows = 512;
+    if (args.batch > most_rows) return false;
     bool columns_in_order = is_identity(args.layers[0].column_order, args.features);
     int64_t copied = 0, all = 0;
     for (int64_t l = 0; l < args.layer_count; ++l) {
@@ -103,8 +103,8 @@ class Network {
       if (copies(layer, columns_in_order, Weights::sorted)) copied += layer.rows * layer.columns;
       columns_in_order = is_identity(layer.order, layer.rows);
     }
-    const bool many = args.batch > kMostTileRows && all * int64_t(sizeof(T)) < kManyBytes;
-    return 2 * copied > all && !many;
+    const int64_t few = std::max(kMostTileRows, all * int64_t(sizeof(T)) / bytes_per_row);
+    return args.batch <= few && 2 * copied > all;
   }
 
   // Of a pass over the batch, roughly, to decide whether it is worth a thread.

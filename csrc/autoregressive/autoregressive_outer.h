@@ -79,19 +79,23 @@ struct TileGroup {
   }
 };
 
-// Rows first .. last - 1 (in sorted order) of the gradient of weights in any order, for all rows of
-// the batch, which are kOuterRows at most: every entry is written once, those of masked weights as
-// zero.
+// Rows first .. last - 1 (in sorted order) of the gradient of weights in any order. All entries are
+// computed, and those of masked weights are replaced by zero.
 template <class T>
 void unsorted_outer_rows(T* dweight, const SortedLayer<T>& layer, const TileGroup<T>& group,
                          const T* d, int64_t d_stride, const T* panels, int64_t first,
                          int64_t last) {
-  stair_outer(d, d_stride, group.R, panels, group.capacity, group.rows, layer.all, first, last,
-              [&](int64_t o, int64_t i, int64_t n, Vec<T> sums) {
-                const auto seen = Vec<T>::load(layer.places + i) < Vec<T>(T(layer.prefix[o]));
-                store_up_to(select(seen, sums, Vec<T>(T(0))),
-                            dweight + layer.order[o] * layer.columns + i, n);
-              });
+  for (int64_t row = 0; row < group.rows; row += kOuterRows) {
+    const bool begin = group.first && row == 0;
+    stair_outer(d + row / group.R * d_stride, d_stride, group.R, panels + row * kPanel<T>,
+                group.capacity, std::min(kOuterRows, group.rows - row), layer.all, first, last,
+                [&](int64_t o, int64_t i, int64_t n, Vec<T> sums) {
+                  const auto seen = Vec<T>::load(layer.places + i) < Vec<T>(T(layer.prefix[o]));
+                  const Vec<T> more = select(seen, sums, Vec<T>(T(0)));
+                  T* at = dweight + layer.order[o] * layer.columns + i;
+                  store_up_to(begin ? more : load_up_to(at, n) + more, at, n);
+                });
+  }
 }
 
 // Rows first .. last - 1 (in sorted order) of a layer's gradients.
