@@ -5,9 +5,9 @@ case, contenders take turns, and each answer is checked against the original in 
 have the same weights; a case has one library.
 
 density is log_prob with the gradients of all parameters, points and contexts; training is a whole
-step of Adam on it, which needs those of the parameters only; sample takes noise, the same for both,
-to samples, without gradients. Which of density and sample takes the original D passes through each
-of its networks depends on the library.
+step of Adam on it, which needs those of the parameters only; evaluation is log_prob without
+gradients; sample takes noise, the same for both, to samples, without gradients. Which of density
+and sample takes the original D passes through each of its networks depends on the library.
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ import fastflow
 from fastflow import backends
 
 OP = "convert"
-OUTPUTS = {"density": ("log_prob",), "training": ("log_prob",), "sample": ("x",)}
+OUTPUTS = {
+    **dict.fromkeys(("density", "training", "evaluation"), ("log_prob",)),
+    "sample": ("x",),
+}
 BACKENDS = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
 
 pytestmark = MARKS
@@ -89,6 +92,19 @@ SHORT = [
     Case("normflows", 200, 16, (128, 128, 128)),
     Case("pyro", 200, 16, (128, 128)),
     Case("pyro", 200, 6, (50, 50), 12),
+]
+# Wide networks and few rows: what does not pay there is anything done to all weights of a call.
+SHORT += [
+    Case(library, B, 64, widths, transforms=1, directions=directions)
+    for library, widths, directions in (
+        ("nflows", (1024,) * 3, ("density", "evaluation")),
+        ("nflows", (2048,) * 3, ("density", "evaluation")),
+        ("zuko", (1024, 1024), ("density", "evaluation")),
+        ("zuko", (512, 512), ("density", "evaluation")),
+        ("normflows", (1024,) * 3, ("sample",)),
+        ("pyro", (1024, 1024), ("sample",)),
+    )
+    for B in (1, 16, 64)
 ]
 FULL = [Case("zuko", 1, 64, (512, 512)), Case("zuko", 4096, 64, (512, 512))]
 

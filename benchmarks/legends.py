@@ -45,7 +45,8 @@ SHOWN = {
         ("density", "training", "sample"),
         "convert. Flows of T layers of the library that the case names, after "
         "fastflow.convert and before, with the same weights. Density: with all gradients; "
-        "training: a whole step of Adam on it. Samples: from noise, without gradients.",
+        "training: a whole step of Adam on it. Samples: from noise, without gradients, as is "
+        "log_prob alone.",
     ),
     "vae": Shown(
         3,

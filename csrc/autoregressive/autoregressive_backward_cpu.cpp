@@ -49,7 +49,10 @@ void backward_level(const SortedLayer<T>& layer, Activation activation, bool lin
                               vectors, d + at, a + at);
   };
   const auto read_by = [&](int64_t j) { return layer.read_by(j); };
-  if (live <= kNarrowRows) {
+  if (layer.places) {
+    before(0, layer.columns);
+    unsorted_backward(layer, d_out, d, R, live, [&](int64_t j) { after(j, 1); });
+  } else if (live <= kNarrowRows) {
     before(0, layer.columns);
     narrow_transposed(layer.weight, layer.columns, {0, layer.rows}, {0, layer.columns},
                       layer.prefix, layer.start, d_out, d, R, live);
@@ -113,8 +116,32 @@ void backward_tile(const AutoregressiveArgs& args, const Network<T>& network,
 }
 
 template <class T>
+struct SavedScratch;
+
+// Wide tiles one after the other, and the weights as they lie.
+template <class T>
+void backward_unsorted(const AutoregressiveArgs& args) {
+  const Network<T> network(args, Weights::unsorted);
+  const TileShape shape(args), wide = shape.widened();
+  const int64_t size = shape.rows != wide.rows ? wide.count * wide.rows * shape.total : 0;
+  AutoregressiveArgs given = args;
+  using S = Scratch<SavedScratch<T>>;
+  S scratch(S::template bytes<T>(size));
+  if (size) {
+    T* saved = scratch.template take<T>(size);
+    for_tiles(shape, wide, static_cast<const T*>(args.saved), saved,
+              [&](const T* from, T* to) { std::copy_n(from, shape.rows, to); });
+    given.saved = saved;
+  }
+  backward_tiles(given, network, wide, [&](int64_t tile, T* cotangents, T* activations) {
+    backward_tile(given, network, wide, tile, cotangents, activations);
+  });
+}
+
+template <class T>
 void backward(const AutoregressiveArgs& args) {
-  const Network<T> network(args, args.batch >= kPackedRows);
+  if (Network<T>::leaves(args)) return backward_unsorted<T>(args);
+  const Network<T> network(args, args.batch >= kPackedRows ? Weights::packed : Weights::sorted);
   const TileShape shape(args);
   backward_tiles(args, network, shape, [&](int64_t tile, T* cotangents, T* activations) {
     backward_tile(args, network, shape, tile, cotangents, activations);

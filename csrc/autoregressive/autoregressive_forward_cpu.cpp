@@ -82,7 +82,28 @@ void forward_tile(const AutoregressiveArgs& args, const Network<T>& network, con
 }
 
 template <class T>
+struct SavedScratch;
+
+// Wide tiles one after the other, and the weights as they lie.
+template <class T>
+void forward_unsorted(const AutoregressiveArgs& args) {
+  const Network<T> network(args, Weights::unsorted);
+  const TileShape shape(args), wide = shape.widened();
+  const bool copied = args.saved && shape.rows != wide.rows;
+  const int64_t size = copied ? wide.count * wide.rows * shape.total : 0;
+  AutoregressiveArgs given = args;
+  using S = Scratch<SavedScratch<T>>;
+  S scratch(S::template bytes<T>(size));
+  if (copied) given.saved = scratch.template take<T>(size);
+  for (int64_t tile = 0; tile < wide.count; ++tile) forward_tile(given, network, wide, tile);
+  if (copied)
+    for_tiles(shape, wide, static_cast<T*>(args.saved), static_cast<const T*>(given.saved),
+              [&](T* to, const T* from) { std::copy_n(from, shape.rows, to); });
+}
+
+template <class T>
 void forward(const AutoregressiveArgs& args) {
+  if (Network<T>::leaves(args)) return forward_unsorted<T>(args);
   const Network<T> network(args);
   const TileShape shape(args);
   parallel_tasks(shape.count, network.cycles(args.batch) > kThreadCycles,

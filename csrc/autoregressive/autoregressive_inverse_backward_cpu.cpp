@@ -189,7 +189,7 @@ class ReverseTile {
 
 template <class T>
 void inverse_backward(const AutoregressiveArgs& args) {
-  const Network<T> network(args, args.batch >= kPackedRows);
+  const Network<T> network(args, args.batch >= kPackedRows ? Weights::packed : Weights::sorted);
   const Schedule<T> schedule(network);
   const TileShape shape(args);
   backward_tiles(args, network, shape, [&](int64_t tile, T* cotangents, T* activations) {

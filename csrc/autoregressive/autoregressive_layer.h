@@ -1,9 +1,7 @@
 // A layer on a tile of rows, as the passes of both directions need it, and the context's layer.
 #pragma once
 
-#include "../common/staircase_narrow.h"
-#include "autoregressive_network.h"
-#include "autoregressive_units.h"
+#include "autoregressive_unsorted.h"
 
 namespace fastflow {
 
@@ -41,7 +39,9 @@ void forward_layer(const SortedLayer<T>& layer, Activation activation, const T* 
     if (!layer.linear) activate_units(activation, p + j0 * R, units, R, vectors, a_next + j0 * R);
   };
   const auto reads = [&](int64_t j) { return layer.reads(j); };
-  if (shape.live_rows(tile) > kNarrowRows) {
+  if (layer.places) {
+    unsorted_forward(layer, a, p, R, shape.live_rows(tile), before, after);
+  } else if (shape.live_rows(tile) > kNarrowRows) {
     stair_product(layer.forward(), a, p, R, vectors, layer.rows, reads, before, after);
   } else {
     before(0, layer.rows);
@@ -70,7 +70,9 @@ template <class T>
 void backward_input(const SortedLayer<T>& layer, const T* d, const int32_t* position, int64_t R,
                     int64_t live, T* dx, T* d_in) {
   const int64_t vectors = (live + Vec<T>::lanes - 1) / Vec<T>::lanes, n = layer.columns;
-  if (live <= kNarrowRows)
+  if (layer.places)
+    unsorted_backward(layer, d, dx, R, live, [](int64_t) {});
+  else if (live <= kNarrowRows)
     narrow_transposed(layer.weight, n, {0, layer.rows}, {0, n}, layer.prefix, layer.start, d, dx, R,
                       live);
   else

@@ -4,13 +4,18 @@
 #include <numeric>
 
 #include "../common/parallel.h"
-#include "../common/staircase.h"
+#include "../common/staircase_unsorted.h"
 #include "autoregressive_tile.h"
 
 namespace fastflow {
 
-// Layer l = 0 .. L in sorted order. W is the caller's tensor where both orders are the identity,
-// else a copy whose masked entries are zero. Masked entries may be read; they enter no sum.
+// What a pass wants of the weights: in sorted order; the transposes in panels, too (backward, with
+// rows enough to make up for the packing); or as they lie, for few rows.
+enum class Weights { sorted, packed, unsorted };
+
+// Layer l = 0 .. L in sorted order. W is the caller's tensor where both orders are the identity, or
+// where the network leaves the weights as they lie; else a copy whose masked entries are zero.
+// Masked entries may be read; they enter no sum.
 template <class T>
 struct SortedLayer {
   int64_t rows;             // n_{l+1}
@@ -24,6 +29,9 @@ struct SortedLayer {
   const int32_t* start;     // (columns): column j is read by rows start[j] .. rows - 1
   bool identity;            // order is 0, 1, ..., rows - 1
   bool columns_in_order;    // likewise of level l
+  const T* places;          // null, or W is as it lies: the places of its columns, see Unsorted
+  const int32_t* place;     // (columns): likewise
+  const int32_t* all;       // (rows): `columns` for each, likewise
   bool started;             // the terms are where the pre-activations go
   bool skip;                // the level before the last is added to it (residual)
   bool linear;              // no activation follows
@@ -32,6 +40,9 @@ struct SortedLayer {
   Strided<T> forward() const { return {weight, columns, 1}; }
   Strided<T> transposed() const { return {weight, 1, columns}; }
   Packed<T> packed;  // transposed(), if the backward asked for it
+  Unsorted<T> unsorted() const {
+    return {weight, rows, columns, order, prefix, start, place, places};
+  }
   // What unit k of level l + 1 reads of level l, and what unit j of level l is read by.
   Range reads(int64_t k) const { return {0, prefix[k]}; }
   Range read_by(int64_t j) const { return {start[j], rows}; }
@@ -42,14 +53,16 @@ class Network {
  public:
   int64_t layer_count;            // L + 1
   int64_t widest;                 // max of n_0 .. n_{L+1}
+  bool unsorted;                  // the weights are used as they lie
   const SortedLayer<T>* layers;   // (L + 1)
   const SortedLayer<T>* context;  // null if there is none
   const int32_t* order;           // (D), of the features
   const int32_t* position;        // (D)
 
-  // many_rows: backward, with rows enough to make up for the packing.
-  explicit Network(const AutoregressiveArgs& args, bool many_rows = false)
-      : layer_count(args.layer_count), memory_(bytes(args, many_rows)) {
+  explicit Network(const AutoregressiveArgs& args, Weights weights = Weights::sorted)
+      : layer_count(args.layer_count),
+        unsorted(weights == Weights::unsorted),
+        memory_(bytes(args, weights)) {
     auto* sorted = memory_.template take<SortedLayer<T>>(layer_count);
     layers = sorted;
     order = args.layers[0].column_order;
@@ -58,7 +71,8 @@ class Network {
     widest = args.features;
     for (int64_t l = 0; l < layer_count; ++l) {
       SortedLayer<T>& to = sorted[l];
-      to = sort(args.layers[l], columns_in_order, many_rows);
+      to = sort(args.layers[l], columns_in_order, weights);
+      if (weights == Weights::unsorted) leave(to, l ? sorted[l - 1].position : position);
       const bool last = l + 1 == layer_count;
       to.started = l == 0 && args.context;
       to.skip = args.residual && !last && l >= 2 && l % 2 == 0;
@@ -69,10 +83,28 @@ class Network {
     context = nullptr;
     if (args.context) {
       auto* layer = memory_.template take<SortedLayer<T>>(1);
-      *layer = sort(args.context->layer, true, false);
+      *layer = sort(args.context->layer, true, Weights::sorted);
       layer->linear = !args.context->activated;
       context = layer;
     }
+  }
+
+  // Whether a pass over the batch is better off with the weights as they lie. Where most of them
+  // are out of order, to copy them takes as long as the products with all rows of a tile, and with
+  // more rows the further the copies are from what the caches hold.
+  static bool leaves(const AutoregressiveArgs& args) {
+    constexpr int64_t bytes_per_row = int64_t(1) << 16, most_rows = 512;
+    if (args.batch > most_rows) return false;
+    bool columns_in_order = is_identity(args.layers[0].column_order, args.features);
+    int64_t copied = 0, all = 0;
+    for (int64_t l = 0; l < args.layer_count; ++l) {
+      const MaskedLayer& layer = args.layers[l];
+      all += layer.rows * layer.columns;
+      if (copies(layer, columns_in_order, Weights::sorted)) copied += layer.rows * layer.columns;
+      columns_in_order = is_identity(layer.order, layer.rows);
+    }
+    const int64_t few = std::max(kMostTileRows, all * int64_t(sizeof(T)) / bytes_per_row);
+    return args.batch <= few && 2 * copied > all;
   }
 
   // Of a pass over the batch, roughly, to decide whether it is worth a thread.
@@ -88,7 +120,7 @@ class Network {
   Memory memory_;
 
   // But for what its place among the layers says.
-  SortedLayer<T> sort(const MaskedLayer& from, bool columns_in_order, bool many_rows) {
+  SortedLayer<T> sort(const MaskedLayer& from, bool columns_in_order, Weights weights) {
     SortedLayer<T> to{};
     to.rows = from.rows;
     to.columns = from.columns;
@@ -104,8 +136,8 @@ class Network {
     to.identity = is_identity(from.order, from.rows);
     to.columns_in_order = columns_in_order;
     to.weight = static_cast<const T*>(from.weight);
-    if (!to.identity || !columns_in_order) to.weight = gather(from);
-    to.packed = {many_rows && far_apart(from) ? pack(to) : nullptr, from.rows};
+    if (copies(from, columns_in_order, weights)) to.weight = gather(from);
+    to.packed = {packs(from, weights) ? pack(to) : nullptr, from.rows};
     to.bias = static_cast<const T*>(from.bias);
     if (to.bias && !to.identity) {
       T* bias = memory_.template take<T>(from.rows);
@@ -114,6 +146,20 @@ class Network {
     }
     to.term = static_cast<const T*>(from.term);
     return to;
+  }
+  void leave(SortedLayer<T>& layer, const int32_t* place) {
+    T* places = memory_.template take<T>(round_up(layer.columns, Vec<T>::lanes));
+    for (int64_t i = 0; i < round_up(layer.columns, Vec<T>::lanes); ++i)
+      places[i] = T(i < layer.columns ? place[i] : layer.columns);
+    int32_t* all = memory_.template take<int32_t>(layer.rows);
+    std::fill_n(all, layer.rows, int32_t(layer.columns));
+    layer.places = places;
+    layer.place = place;
+    layer.all = all;
+  }
+  static bool copies(const MaskedLayer& layer, bool columns_in_order, Weights weights) {
+    const bool in_order = columns_in_order && is_identity(layer.order, layer.rows);
+    return weights != Weights::unsorted && !in_order;
   }
   static bool is_identity(const int32_t* order, int64_t n) {
     for (int64_t k = 0; k < n; ++k)
@@ -140,7 +186,9 @@ class Network {
     return weight;
   }
   // Whether a column of W meets so few cache sets, or so many pages, that reading it is slow.
-  static bool far_apart(const MaskedLayer& layer) { return layer.columns >= 256; }
+  static bool packs(const MaskedLayer& layer, Weights weights) {
+    return weights == Weights::packed && layer.columns >= 256;
+  }
   const T* pack(const SortedLayer<T>& layer) {
     const int64_t columns = layer.columns, rows = layer.rows;
     T* packed = memory_.template take<T>(round_up(columns, kUnits) * rows);
@@ -163,26 +211,29 @@ class Network {
     });
     return packed;
   }
-  static size_t bytes(const AutoregressiveArgs& args, bool many_rows) {
+  static size_t bytes(const AutoregressiveArgs& args, Weights weights) {
     size_t sum = Memory::template bytes<SortedLayer<T>>(args.layer_count) +
                  Memory::template bytes<int32_t>(args.features);
     bool columns_in_order = is_identity(args.layers[0].column_order, args.features);
     for (int64_t l = 0; l < args.layer_count; ++l) {
-      sum += bytes(args.layers[l], columns_in_order, many_rows);
+      sum += bytes(args.layers[l], columns_in_order, weights);
       columns_in_order = is_identity(args.layers[l].order, args.layers[l].rows);
     }
     if (args.context)
-      sum += Memory::template bytes<SortedLayer<T>>(1) + bytes(args.context->layer, true, false);
+      sum += Memory::template bytes<SortedLayer<T>>(1) +
+             bytes(args.context->layer, true, Weights::sorted);
     return sum;
   }
-  static size_t bytes(const MaskedLayer& layer, bool columns_in_order, bool many_rows) {
-    const bool identity = is_identity(layer.order, layer.rows);
+  static size_t bytes(const MaskedLayer& layer, bool columns_in_order, Weights weights) {
     size_t sum = Memory::template bytes<int32_t>(layer.rows) +
                  Memory::template bytes<int32_t>(layer.columns);
-    if (!identity) sum += Memory::template bytes<T>(layer.rows);
-    if (!identity || !columns_in_order)
+    if (!is_identity(layer.order, layer.rows)) sum += Memory::template bytes<T>(layer.rows);
+    if (copies(layer, columns_in_order, weights))
       sum += Memory::template bytes<T>(layer.rows * layer.columns);
-    if (many_rows && far_apart(layer))
+    if (weights == Weights::unsorted)
+      sum += Memory::template bytes<T>(round_up(layer.columns, Vec<T>::lanes)) +
+             Memory::template bytes<int32_t>(layer.rows);
+    if (packs(layer, weights))
       sum += Memory::template bytes<T>(layer.rows * round_up(layer.columns, kUnits));
     return sum;
   }

@@ -30,8 +30,9 @@ int64_t all_activation_units(const Network<T>& network) {
 }
 
 // What the products over a group of consecutive tiles need of them: the cotangents dP_1 .. dP_{L+1}
-// of each tile, level after level as (n_l, R), and the activations A_0 .. A_L of all, in panels. A
-// context is one more level of both, the last.
+// of each tile, level after level as (n_l, R), and the activations A_0 .. A_L of all, in panels, in
+// the order of the weights' columns where these are used as they lie. A context is one more level
+// of both, the last.
 template <class T>
 struct TileGroup {
   const Network<T>& network;
@@ -67,35 +68,59 @@ struct TileGroup {
   // Takes over A_0 .. A_L of a tile, level after level as (n_l, R).
   void set_activations(int64_t tile, const T* a) const {
     T* to = panels + tile * R * kPanel<T>;
-    const auto set = [&](int64_t columns) {
-      tile_to_panels(a, R, std::min(R, rows - tile * R), columns, to, capacity);
+    const auto set = [&](int64_t columns, const int32_t* place) {
+      tile_to_panels(a, R, std::min(R, rows - tile * R), columns, place, to, capacity);
       a += columns * R;
       to += round_up(columns, kPanel<T>) * capacity;
     };
-    for (int64_t l = 0; l < network.layer_count; ++l) set(network.layers[l].columns);
-    if (network.context) set(network.context->columns);
+    for (int64_t l = 0; l < network.layer_count; ++l)
+      set(network.layers[l].columns, network.layers[l].place);
+    if (network.context) set(network.context->columns, nullptr);
   }
 };
+
+// Rows first .. last - 1 (in sorted order) of the gradient of weights in any order. All entries are
+// computed, and those of masked weights are replaced by zero.
+template <class T>
+void unsorted_outer_rows(T* dweight, const SortedLayer<T>& layer, const TileGroup<T>& group,
+                         const T* d, int64_t d_stride, const T* panels, int64_t first,
+                         int64_t last) {
+  for (int64_t row = 0; row < group.rows; row += kOuterRows) {
+    const bool begin = group.first && row == 0;
+    stair_outer(d + row / group.R * d_stride, d_stride, group.R, panels + row * kPanel<T>,
+                group.capacity, std::min(kOuterRows, group.rows - row), layer.all, first, last,
+                [&](int64_t o, int64_t i, int64_t n, Vec<T> sums) {
+                  const auto seen = Vec<T>::load(layer.places + i) < Vec<T>(T(layer.prefix[o]));
+                  const Vec<T> more = select(seen, sums, Vec<T>(T(0)));
+                  T* at = dweight + layer.order[o] * layer.columns + i;
+                  store_up_to(begin ? more : load_up_to(at, n) + more, at, n);
+                });
+  }
+}
 
 // Rows first .. last - 1 (in sorted order) of a layer's gradients.
 template <class T>
 void outer_rows(const MaskedLayer& to, const SortedLayer<T>& layer, const TileGroup<T>& group,
                 const T* d, int64_t d_stride, const T* panels, int64_t first, int64_t last) {
   T* dweight = static_cast<T*>(to.dweight);
-  if (group.first)
-    for (int64_t k = first; k < last; ++k)
-      std::fill_n(dweight + to.order[k] * layer.columns, layer.columns, T(0));
-  stair_outer(d, d_stride, group.R, panels, group.capacity, group.rows, layer.prefix, first, last,
-              [&](int64_t o, int64_t i, int64_t n, Vec<T> sums) {
-                T* row = dweight + to.order[o] * layer.columns;
-                if (layer.columns_in_order) {
-                  store_up_to(load_up_to(row + i, n) + sums, row + i, n);
-                  return;
-                }
-                T each[Vec<T>::lanes];
-                sums.store(each);
-                for (int64_t j = 0; j < n; ++j) row[to.column_order[i + j]] += each[j];
-              });
+  if (layer.places) {
+    unsorted_outer_rows(dweight, layer, group, d, d_stride, panels, first, last);
+  } else {
+    if (group.first)
+      for (int64_t k = first; k < last; ++k)
+        std::fill_n(dweight + to.order[k] * layer.columns, layer.columns, T(0));
+    stair_outer(d, d_stride, group.R, panels, group.capacity, group.rows, layer.prefix, first, last,
+                [&](int64_t o, int64_t i, int64_t n, Vec<T> sums) {
+                  T* row = dweight + to.order[o] * layer.columns;
+                  if (layer.columns_in_order) {
+                    store_up_to(load_up_to(row + i, n) + sums, row + i, n);
+                    return;
+                  }
+                  T each[Vec<T>::lanes];
+                  sums.store(each);
+                  for (int64_t j = 0; j < n; ++j) row[to.column_order[i + j]] += each[j];
+                });
+  }
   T* dbias = static_cast<T*>(to.dbias);
   for (int64_t k = first; dbias && k < last; ++k) {
     T& at = dbias[to.order[k]];
@@ -171,14 +196,15 @@ void backward_tiles(const AutoregressiveArgs& args, const Network<T>& network,
   for (int64_t row = 0; row < args.batch; row += group_rows) {
     group.rows = std::min(group_rows, args.batch - row);
     group.first = row == 0;
-    parallel_tasks((group.rows + R - 1) / R, network.cycles(group.rows) > kThreadCycles,
-                   [&](int64_t i) {
-                     using A = Scratch<ActivationScratch<T>>;
-                     A memory(A::template bytes<T>(a_size));
-                     T* activations = memory.template take<T>(a_size);
-                     backward_tile(row / R + i, group.cotangents(i), activations);
-                     if (args.layers[0].dweight) group.set_activations(i, activations);
-                   });
+    // where the weights lie as they do, the threads share a tile
+    const bool share = network.cycles(group.rows) > kThreadCycles && !network.unsorted;
+    parallel_tasks((group.rows + R - 1) / R, share, [&](int64_t i) {
+      using A = Scratch<ActivationScratch<T>>;
+      A memory(A::template bytes<T>(a_size));
+      T* activations = memory.template take<T>(a_size);
+      backward_tile(row / R + i, group.cotangents(i), activations);
+      if (args.layers[0].dweight) group.set_activations(i, activations);
+    });
     if (args.layers[0].dweight) outer_products(args, group);
   }
 }

@@ -24,6 +24,13 @@ struct TileShape {
     for (int64_t l = 0; l + 1 < args.layer_count; ++l) total += args.layers[l].rows;
   }
 
+  // The same with as many rows to a tile as there may be: whole tiles of these make one of those.
+  TileShape widened() const {
+    TileShape shape = *this;
+    shape.rows = std::min(kMostTileRows, round_up(batch, 16));
+    shape.count = (batch + shape.rows - 1) / shape.rows;
+    return shape;
+  }
   int64_t live_rows(int64_t tile) const { return std::min(rows, batch - tile * rows); }
   template <class T>
   int64_t live_vectors(int64_t tile) const {

@@ -199,17 +199,19 @@ inline constexpr int64_t kOuterRows = 256;
 
 // The way from tiles to panels: panels[(j / kPanel) * panel_rows * kPanel + row * kPanel +
 // j % kPanel] = tile[j * rows + row] for j < count and row < live; `panels` is at the tile's first
-// row. Lanes that stand for no unit are zeros.
+// row. Lanes that stand for no unit are zeros. With `place`, unit place[j] stands at j.
 template <class T>
-void tile_to_panels(const T* tile, int64_t rows, int64_t live, int64_t count, T* panels,
-                    int64_t panel_rows) {
+void tile_to_panels(const T* tile, int64_t rows, int64_t live, int64_t count, const int32_t* place,
+                    T* panels, int64_t panel_rows) {
   constexpr int lanes = Vec<T>::lanes;
   for (int64_t j0 = 0; j0 < count; j0 += lanes)
     for (int64_t r0 = 0; r0 < live; r0 += lanes) {
       Vec<T> block[lanes];
 #pragma GCC unroll 16
       for (int j = 0; j < lanes; ++j)
-        block[j] = j0 + j < count ? Vec<T>::load(tile + (j0 + j) * rows + r0) : Vec<T>(T(0));
+        block[j] = j0 + j < count
+                       ? Vec<T>::load(tile + (place ? place[j0 + j] : j0 + j) * rows + r0)
+                       : Vec<T>(T(0));
       transpose(block);
       T* to = panels + j0 / kPanel<T> * panel_rows * kPanel<T> + r0 * kPanel<T> + j0 % kPanel<T>;
 #pragma GCC unroll 16
