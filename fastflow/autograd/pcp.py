@@ -11,7 +11,12 @@ from torch.autograd.function import FunctionCtx
 from fastflow import backends
 from fastflow.reference import pcp_inverse, pcp_potential
 from fastflow.reference.pcp_potential import Network
-from fastflow.transforms import batched, forward_mode_active, transforms_active
+from fastflow.transforms import (
+    batched,
+    forward_mode_active,
+    functorch_active,
+    without_autocast,
+)
 
 FORWARD = {False: "pcp_forward", True: "pcp_inverse"}
 BACKWARD = {False: "pcp_backward", True: "pcp_inverse_backward"}
@@ -46,9 +51,14 @@ class GradientMap(torch.autograd.Function):
         point, *kept = ctx.saved_tensors
         tensors, (image, *saved) = kept[: ctx.tensors], kept[ctx.tensors :]
         wanted = ctx.needs_input_grad[2:]
-        with torch.autocast(point.device.type, enabled=False):
-            # kernels, and the backward pass by hand, written in place, are not for legacy vmap
-            if torch.is_grad_enabled() or batched(d_image) or batched(dladj):
+        with without_autocast(point.device.type):
+            # kernels, and the backward pass by hand, written in place, are not for vmap
+            if not torch.compiler.is_compiling() and (
+                torch.is_grad_enabled()
+                or functorch_active()
+                or batched(d_image)
+                or batched(dladj)
+            ):
                 cotangents = (d_image, dladj)
                 grads = differentiable_vjp(point, tensors, cotangents, wanted, ctx)
                 return (None, None, *grads)
@@ -83,11 +93,16 @@ def differentiable_vjp(
 def gradient_map(point: Tensor, net: Network, inverse: bool) -> tuple[Tensor, Tensor]:
     """Either direction on (B, D) rows: (image (B, D), ladj (B,)).
 
-    torch.func, torch.compile and forward-mode tangents get the reference, which PyTorch
-    differentiates itself.
+    Kernels know reverse-mode derivatives only: torch.func and forward-mode tangents get the
+    reference, which PyTorch differentiates itself. So does torch.compile where the backend is no
+    registered op.
     """
     tensors, layers = net.tensors, len(net.inputs)
-    if transforms_active() or forward_mode_active(point, *tensors):
+    if (
+        functorch_active()
+        or forward_mode_active(point, *tensors)
+        or (torch.compiler.is_compiling() and not backends.traceable(FORWARD[inverse], point))
+    ):
         return MAPS[inverse](point, net)
     matrices = 2 * layers - 1
     point = point.contiguous()

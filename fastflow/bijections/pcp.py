@@ -15,6 +15,7 @@ from fastflow.bijections.base import Bijection, check_features, positive_int, re
 from fastflow.functional.checks import broadcast_batches, check_tensors
 from fastflow.reference.network import softplus
 from fastflow.reference.pcp_potential import Network
+from fastflow.transforms import without_autocast
 
 LEAST_CURVATURE = 1e-3
 START_SLOPE = 0.02
@@ -191,9 +192,9 @@ class PCPMap(Bijection):
         compute = torch.promote_types(dtype, torch.float32)
 
         def rows(tensor: Tensor) -> Tensor:
-            return tensor.expand(*batch, tensor.shape[-1]).reshape(batch.numel(), tensor.shape[-1])
+            return tensor.expand(*batch, tensor.shape[-1]).reshape(-1, tensor.shape[-1])
 
-        with torch.autocast(points.device.type, enabled=False):  # it would round the Hessian
+        with without_autocast(points.device.type):  # it would round the Hessian
             net = self.network(None if context is None else context.to(compute), compute)
             image, ladj = gradient_map(rows(points.to(compute)), net.map_rows(rows), inverse)
         return image.view(*batch, self.features).to(dtype), ladj.view(batch)
