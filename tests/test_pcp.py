@@ -290,16 +290,79 @@ def test_function_transforms(C: int) -> None:
     torch.testing.assert_close(own @ forwards, torch.eye(3, dtype=F64).expand(4, 3, 3))
 
 
+def test_vmap_of_the_inverse_by_any_argument() -> None:
+    """Of points, contexts and weights whichever have a batch, at any place, and twice."""
+    made = layer(3, 2, (6, 5))
+    y, context = given(3, 2, 4, 5)
+    want = made.inverse(y, context)[0]
+    undo = lambda y, context: made.inverse(y, context)[0]  # noqa: E731
+    close = torch.testing.assert_close
+    close(vmap(undo, in_dims=(1, 1), out_dims=1)(y, context), want)
+    close(vmap(vmap(undo))(y, context), want)
+    close(vmap(undo, in_dims=(0, None))(y, context[0]), made.inverse(y, context[0])[0])
+    close(vmap(undo, in_dims=(None, 0))(y[0], context), made.inverse(y[0], context)[0])
+    weights = torch.stack([made.weights[0], made.weights[0] + 1])
+
+    def of_weight(weight: Tensor, y: Tensor) -> Tensor:
+        flow = torch.func.functional_call(
+            Inverse(made), {"bijection.weights.0": weight}, (y, context)
+        )
+        return flow[0]
+
+    found = vmap(of_weight, in_dims=(0, None))(weights, y)
+    for weight, one in zip(weights, found):
+        close(one, of_weight(weight, y))
+    spoilt = y.clone()
+    spoilt[1, 2, 0] = torch.nan
+    found = vmap(undo)(spoilt, context)
+    assert found[1, 2].isnan().all() and found.isnan().sum() == 3
+
+
+@both
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+def test_vmap_of_the_backward_pass(inverse: bool) -> None:
+    """Of a graph recorded before, by cotangents."""
+    made = layer(3, 2, (6, 5))
+    x, context = given(3, 2, 4)
+    x.requires_grad_()
+    image, _ = made.inverse(x, context) if inverse else made(x, context)
+    back = lambda v: torch.autograd.grad(image, x, v, retain_graph=True)[0]  # noqa: E731
+    cotangents = torch.randn(6, *image.shape, dtype=F64)
+    torch.testing.assert_close(vmap(back)(cotangents), torch.stack([*map(back, cotangents)]))
+
+
+@both
 def test_compiles_to_one_graph() -> None:
     made = layer(3, 2, (6, 5), dtype=torch.float32)
     x, context = given(3, 2, 8, dtype=torch.float32)
-    compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
-    for one, other in zip(compiled(x, context), made(x, context)):
-        torch.testing.assert_close(one, other)
-    found = torch.autograd.grad(compiled(x, context)[1].sum(), made.parameters())
-    want = torch.autograd.grad(made(x, context)[1].sum(), made.parameters())
-    for one, other in zip(found, want):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+    def both_ways(x: Tensor, context: Tensor) -> tuple[Tensor, ...]:
+        return (*made(x, context), *made.inverse(x, context))
+
+    compiled = torch.compile(both_ways, fullgraph=True, backend="aot_eager")
+    got, want = compiled(x, context), both_ways(x, context)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    found, expected = (
+        torch.autograd.grad(sum(one.sum() for one in some), made.parameters())
+        for some in (got, want)
+    )
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif("cpp" not in backends.available("cpu"), reason="there are no kernels")
+def test_kernels_in_an_exported_graph() -> None:
+    made = layer(3, 2, (6, 5))
+    with torch.no_grad():
+        program = torch.export.export(Flow(made), given(3, 2, 8))
+    targets = [
+        str(node.target)
+        for part in program.graph_module.modules()
+        if isinstance(part, torch.fx.GraphModule)
+        for node in part.graph.nodes
+    ]
+    assert any("fastflow.pcp_inverse" in target for target in targets)
+    assert not any("cholesky" in target for target in targets)
 
 
 @pytest.mark.parametrize("device", DEVICES)
