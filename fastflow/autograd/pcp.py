@@ -54,10 +54,7 @@ class GradientMap(torch.autograd.Function):
         with without_autocast(point.device.type):
             # kernels, and the backward pass by hand, written in place, are not for vmap
             if not torch.compiler.is_compiling() and (
-                torch.is_grad_enabled()
-                or functorch_active()
-                or batched(d_image)
-                or batched(dladj)
+                torch.is_grad_enabled() or functorch_active() or batched(d_image) or batched(dladj)
             ):
                 cotangents = (d_image, dladj)
                 grads = differentiable_vjp(point, tensors, cotangents, wanted, ctx)
