@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
@@ -44,3 +46,8 @@ def forward_mode_active(*tensors: Tensor) -> bool:
     if forward_ad._current_level < 0:
         return False
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def without_autocast(device: str) -> AbstractContextManager:
+    """Autocast turned off for a device type; the meta device has none."""
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)

@@ -13,6 +13,7 @@ from fastflow import (
     Flow,
     Inverse,
     MaskedAffineAutoregressive,
+    PCPMap,
     Permutation,
     PlanarFlow,
 )
@@ -41,6 +42,8 @@ FLOWS = {
     "adjacency": by_adjacency,
     "planar": lambda: Flow(PlanarFlow(D, 2)),
     "planar-context": lambda: Flow(Inverse(ConditionalPlanarFlow(D, C, 2, (4,)))),
+    "pcp": lambda: Flow(Inverse(PCPMap(D, 0, (6, 5)))),
+    "pcp-context": lambda: Flow(PCPMap(D, C, (6, 5))),
 }
 
 

@@ -38,9 +38,10 @@ def bijections() -> dict[str, fastflow.Bijection]:
         ),
     }
     for layer in layers.values():
+        step = 0.05 if isinstance(layer, PCPMap) else 0.5  # it takes parameters times 4 to 12
         with torch.no_grad():
             for parameter in layer.parameters():  # away from the identity
-                parameter += 0.5 * torch.randn_like(parameter)
+                parameter += step * torch.randn_like(parameter)
     return layers
 
 

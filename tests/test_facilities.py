@@ -43,7 +43,8 @@ def drawn(flow: Flow, rows: int, context: Tensor | None) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "name", ["maf-context", "iaf-residual", "recomputing", "adjacency", "planar-context"]
+    "name",
+    ["maf-context", "iaf-residual", "recomputing", "adjacency", "planar-context", "pcp-context"],
 )
 def test_compile_with_a_dynamic_batch(name: str) -> None:
     """Both directions in one graph, without breaks, compiled at most three times for six sizes."""
@@ -71,15 +72,17 @@ def test_compile_with_a_dynamic_batch(name: str) -> None:
     assert compiles <= 3
 
 
-def test_inductor_and_a_marked_dimension() -> None:
+@pytest.mark.parametrize("name", ["planar", "pcp-context"])
+def test_inductor_and_a_marked_dimension(name: str) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    flow = make("planar").double()
+    flow = make(name).double()
     compiled = torch.compile(flow, fullgraph=True)
     for rows in (4, 9):
-        x, _ = points(flow, rows)
-        torch._dynamo.mark_dynamic(x, 0)
-        got, want = compiled(x), flow(x)
+        arguments = [one for one in points(flow, rows) if one is not None]
+        for one in arguments:
+            torch._dynamo.mark_dynamic(one, 0)
+        got, want = compiled(*arguments), flow(*arguments)
         close(got, want)
         close(gradients(flow, got), gradients(flow, want), rtol=1e-7)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastflow import PCPMap
+from fastflow.bijections.pcp import CONTEXT_GAIN, SHARPNESS
 from fastflow.vae import Posterior
 
 POINTS, STEP = 128, 0.125  # the grid reaches from -16 to 16
@@ -18,6 +20,10 @@ def strong_flow(posterior: Posterior) -> Posterior:
             if name.startswith("bijection."):
                 fan_in = parameter.shape[-1] if parameter.dim() > 1 else 4
                 parameter.normal_(0, 0.6 * fan_in**-0.5)
+        if isinstance(getattr(posterior, "bijection", None), PCPMap):
+            # it takes its parameters times these
+            for name, parameter in posterior.bijection.named_parameters():
+                parameter /= {"inputs": SHARPNESS, "terms": CONTEXT_GAIN}.get(name.split(".")[0], 1)
     return posterior
 
 

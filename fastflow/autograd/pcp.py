@@ -15,7 +15,7 @@ from fastflow.transforms import (
     batched,
     forward_mode_active,
     functorch_active,
-    transforms_active,
+    without_autocast,
 )
 
 FORWARD = {False: "pcp_forward", True: "pcp_inverse"}
@@ -53,10 +53,10 @@ class GradientMap(torch.autograd.Function):
         # hooks on saved tensors may return other strides than they were given
         point, tensors = _as_kernels_take_them(point, tensors, ctx.layers)
         wanted = ctx.needs_input_grad[2:]
-        with torch.autocast(point.device.type, enabled=False):
+        with without_autocast(point.device.type):
             # kernels, and the backward pass by hand, written in place, are not for vmap
             several = functorch_active() or batched(d_image) or batched(dladj)
-            if torch.is_grad_enabled() or several:
+            if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or several):
                 cotangents = (d_image, dladj)
                 grads = differentiable_vjp(point, tensors, cotangents, wanted, ctx)
                 return (None, None, *grads)
@@ -92,11 +92,16 @@ def differentiable_vjp(
 def gradient_map(point: Tensor, net: Network, inverse: bool) -> tuple[Tensor, Tensor]:
     """Either direction on (B, D) rows: (image (B, D), ladj (B,)).
 
-    torch.func, torch.compile and forward-mode tangents get the reference, which PyTorch
-    differentiates itself.
+    Kernels know reverse-mode derivatives only: torch.func and forward-mode tangents get the
+    reference, which PyTorch differentiates itself. So does torch.compile where the backend is no
+    registered op.
     """
     tensors, layers = net.tensors, len(net.inputs)
-    if transforms_active() or forward_mode_active(point, *tensors):
+    if (
+        functorch_active()
+        or forward_mode_active(point, *tensors)
+        or (torch.compiler.is_compiling() and not backends.traceable(FORWARD[inverse], point))
+    ):
         return MAPS[inverse](point, net)
     point, tensors = _as_kernels_take_them(point, tensors, layers)
     if torch.is_grad_enabled() and any(one.requires_grad for one in (point, *tensors)):

@@ -15,11 +15,18 @@ from fastflow.bijections.base import Bijection, check_features, positive_int, re
 from fastflow.functional.checks import broadcast_batches, check_tensors
 from fastflow.inner import global_hooks, plain
 from fastflow.reference.network import softplus
-from fastflow.reference.pcp_potential import Network
+from fastflow.reference.pcp_potential import Network, gradient, hessian
+from fastflow.transforms import without_autocast
 
 LEAST_CURVATURE = 1e-3
-START_SLOPE = 0.02
-"""The softplus of the slopes at the start: the network bends the identity by about as much."""
+# Adam moves a parameter by about its learning rate in a step, whatever it means. So what has far to
+# go is a parameter times a constant, the larger the fewer parameters it is the sum of.
+SHARPNESS = 12.0  # times the parameters: the U_k
+GAIN = 10.0  # times the parameters: what depends on a context, where there is none
+CONTEXT_GAIN = 4.0  # times the outputs of a linear layer: the same with a context
+START_SHARPNESS = 6.0  # of the U_k: units bend within a sixth of a deviation of normal data
+START_CURVATURE = 0.05  # times sqrt(D), of the network; the quadratic has the rest of the identity
+START_ROWS = 256  # points and contexts over which this is averaged
 
 
 class PCPMap(Bijection):
@@ -44,7 +51,8 @@ class PCPMap(Bijection):
     is a damped Newton iteration that converges from everywhere, down to rounding (see
     `fastflow.reference.pcp_inverse`); its gradients are those of the implicit function theorem.
 
-    It starts near the identity for every context.
+    It starts near the identity for every context. Parameters are stored divided by constants, so
+    that optimizers like Adam at their usual rates, 0.001 and above, move the map far enough.
 
     Arguments:
         features: D.
@@ -52,10 +60,10 @@ class PCPMap(Bijection):
         hidden_features: the widths of the layers, at least one; both of w_k and of v_k.
 
     Attributes:
-        inputs: the U_k, (H_k, D).
+        inputs: the U_k / 12, (H_k, D).
         weights: the W_k before the softplus, (H_k, H_{k-1}).
-        terms: `nn.Linear` layers that make of v_{k-1} all that depends on it, v_k included; without
-            a context the parameters in their place.
+        terms: `nn.Linear` layers that make of v_{k-1} a quarter of all that depends on it, v_k
+            before the elu included; without a context a tenth of it, as parameters.
 
     Raises:
         TypeError, ValueError: an argument is out of its range; the message names it.
@@ -105,31 +113,55 @@ class PCPMap(Bijection):
             self.terms = nn.ParameterList([torch.empty(size) for size in sizes])
         self.reset_parameters()
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws the parameters anew, near the identity."""
-        with torch.no_grad():
-            for matrix in self.inputs:
-                matrix.normal_(0, 1 / math.sqrt(self.features))
-            for matrix in self.weights:
-                matrix.normal_()
-            biases = list(self.terms)
-            if self.context_features:
-                for layer in self.terms:
-                    layer.reset_parameters()
-                self.terms[-1].weight.mul_(0.01)
-                biases = [layer.bias for layer in self.terms]
-            *hidden, top = (bias.split(few) for bias, few in zip(biases, self._sizes()))
-            for offset, *conditional in hidden:
-                offset.normal_()  # where along x the units bend
-                if conditional:
-                    _, scale, *gate = conditional
-                    scale.fill_(1)
-                    for one in gate:
-                        one.fill_(inverse_softplus(1))
-            slope, shift, curvature = top
-            slope.fill_(inverse_softplus(START_SLOPE))
-            shift.zero_()
-            curvature.fill_(inverse_softplus(1 - LEAST_CURVATURE))
+        for matrix in self.inputs:
+            matrix.normal_(0, START_SHARPNESS / SHARPNESS / math.sqrt(self.features))
+        for matrix in self.weights:
+            matrix.normal_()
+        biases, gain = list(self.terms), GAIN
+        if self.context_features:
+            biases, gain = [layer.bias for layer in self.terms], CONTEXT_GAIN
+            for layer in self.terms:
+                layer.reset_parameters()
+                layer.weight.div_(gain)
+                layer.bias.div_(gain)
+            self.terms[-1].weight.mul_(0.01)
+        *hidden, top = (bias.split(few) for bias, few in zip(biases, self._sizes()))
+        for offset, *conditional in hidden:
+            offset.normal_(0, START_SHARPNESS / gain)  # where along x the units bend
+            if conditional:
+                _, scale, *gate = conditional
+                scale.fill_(1 / gain)
+                for one in gate:
+                    one.fill_(math.log(math.expm1(1)) / gain)
+        slope, shift, curvature = top
+        for one in top:
+            one.zero_()
+        # the network with the slopes of softplus(0), and of it as much as there shall be
+        bias, bend = self._averages()
+        share = START_CURVATURE / (math.sqrt(self.features) * bend.mean())
+        slope.copy_(inverse_softplus(share * math.log(2)).expand_as(slope) / gain)
+        shift.copy_(-share * bias / gain)
+        rest = (1 - share * bend).clamp(min=0.5)
+        curvature.copy_(inverse_softplus(rest - LEAST_CURVATURE) / gain)
+
+    def _averages(self) -> tuple[Tensor, Tensor]:
+        """The network's own gradient and curvature of each feature, (D,) both: their means over
+        standard normal points and contexts."""
+        like = {"device": self.inputs[0].device, "dtype": self.inputs[0].dtype}
+        x, context = torch.randn(START_ROWS, self.features, **like), None
+        if self.context_features:
+            context = torch.randn(START_ROWS, self.context_features, **like)
+        compute = torch.promote_types(x.dtype, torch.float32)
+        with without_autocast(x.device.type):
+            x = x.to(compute)
+            net = self.network(None if context is None else context.to(compute), compute)
+            y, slopes = gradient(x, net)
+            matrix, _ = hessian(slopes, net)
+        bend = matrix.diagonal(dim1=-2, dim2=-1) - net.curvature
+        return (y - net.shift - net.curvature * x).mean(0), bend.mean(0)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._run("x", x, context, inverse=False)
@@ -140,14 +172,14 @@ class PCPMap(Bijection):
     def network(self, context: Tensor | None, dtype: torch.dtype) -> Network:
         r"""The potential at a context (\*batch, C), its terms (\*batch, n), in a floating type."""
         weights = [softplus(matrix.to(dtype)) / matrix.shape[1] for matrix in self.weights]
-        inputs = [matrix.to(dtype) for matrix in self.inputs]
+        inputs = [SHARPNESS * matrix.to(dtype) for matrix in self.inputs]
         offsets, gates, scales, made = [], [], [], []
         v = context
         for terms, sizes in zip(self.terms, self._sizes()):
             if v is None:
-                made = terms.to(dtype)
+                made = GAIN * terms.to(dtype)
             else:
-                made = _apply(terms, v, self.inputs[0].dtype)
+                made = CONTEXT_GAIN * _apply(terms, v, self.inputs[0].dtype)
             made = made.split(sizes, -1)
             if len(offsets) == len(inputs):
                 break
@@ -192,9 +224,9 @@ class PCPMap(Bijection):
         compute = torch.promote_types(dtype, torch.float32)
 
         def rows(tensor: Tensor) -> Tensor:
-            return tensor.expand(*batch, tensor.shape[-1]).reshape(batch.numel(), tensor.shape[-1])
+            return tensor.expand(*batch, tensor.shape[-1]).reshape(-1, tensor.shape[-1])
 
-        with torch.autocast(points.device.type, enabled=False):  # it would round the Hessian
+        with without_autocast(points.device.type):  # it would round the Hessian
             net = self.network(None if context is None else context.to(compute), compute)
             image, ladj = gradient_map(rows(points.to(compute)), net.map_rows(rows), inverse)
         return image.view(*batch, self.features).to(dtype), ladj.view(batch)
@@ -213,6 +245,6 @@ def _apply(layer: nn.Module, v: Tensor, dtype: torch.dtype) -> Tensor:
     return layer(v.to(dtype)).to(v.dtype)
 
 
-def inverse_softplus(value: float) -> float:
+def inverse_softplus(value: Tensor) -> Tensor:
     """The x at which softplus(x) is this."""
-    return math.log(math.expm1(value))
+    return value.expm1().log()

@@ -13,9 +13,15 @@ row goes its own way:
 3. A row stays put when the energy left is below that of rounding x itself, sum_i H_ii (eps x_i)^2,
    or when no step lowers it any more, which is where g is rounding error. So the residual
    |grad P(x) - y| ends within a small factor of the rounding error of grad P itself.
+
+How many steps there are is for the values to say, so the search is an op of its own,
+`fastflow::pcp_solve`: torch.compile and torch.export put it into a graph as one node, vmap gives it
+all rows at once, and on the meta device it is a shape. Its derivative is that of `inverse`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -101,20 +107,67 @@ def newton_step(x: Tensor, y: Tensor, net: Network) -> tuple[Tensor, Tensor]:
     return x, (length == 0) | (left <= negligible)
 
 
-def solve(y: Tensor, net: Network) -> Tensor:
-    """x (B, D) with grad P(x) = y, without a graph; NaN in rows where an input is not finite."""
-    y, net = y.detach(), Network.of([one.detach() for one in net.tensors], len(net.inputs))
+@torch.library.custom_op(
+    "fastflow::pcp_solve", mutates_args=(), schema="(Tensor y, Tensor[] net, int layers) -> Tensor"
+)
+def pcp_solve(y: Tensor, net: Sequence[Tensor], layers: int) -> Tensor:
+    """`solve` as an op; `net` is `Network.tensors` of a network of so many layers."""
+    network = Network.of(net, layers)
     x = torch.zeros_like(y)
-    finite = gradient(x, net)[0].sub(y).isfinite().all(-1)
+    finite = gradient(x, network)[0].sub(y).isfinite().all(-1)
     x = torch.where(finite[:, None], x, torch.nan)
     rows = finite.nonzero()[:, 0]
     for _ in range(MOST_STEPS):
         if not len(rows):
             break
-        some = net.map_rows(lambda term, rows=rows: term[rows])
+        some = network.map_rows(lambda term, rows=rows: term[rows])
         x[rows], arrived = newton_step(x[rows], y[rows], some)
         rows = rows[~arrived]
     return x
+
+
+@pcp_solve.register_fake
+def _(y: Tensor, net: Sequence[Tensor], layers: int) -> Tensor:
+    return torch.empty_like(y)
+
+
+@pcp_solve.register_vmap
+def _(
+    info: object,
+    in_dims: tuple[int | None, list[int | None], None],
+    y: Tensor,
+    net: Sequence[Tensor],
+    layers: int,
+) -> tuple[Tensor, int]:
+    """All rows of the batch go through together, of an ensemble those of every network."""
+    size, (dim, dims, _) = info.batch_size, in_dims
+    y = _in_front(y, dim, size)
+    net = [one if d is None else one.movedim(d, 0) for one, d in zip(net, dims)]
+    given = [d is not None for d in dims]
+    shared = 2 * layers - 1  # the matrices
+    if any(given[:shared]):
+        members = [
+            pcp_solve(y[i], [one[i] if own else one for one, own in zip(net, given)], layers)
+            for i in range(size)
+        ]
+        return torch.stack(members), 0
+    for position in range(shared, len(net)):
+        own = given[position]
+        if own or net[position].dim() > 1:
+            term = net[position] if own else _in_front(net[position], None, size)
+            term = term if term.dim() > 2 else term[:, None].expand(-1, y.shape[1], -1)
+            net[position] = term.flatten(0, 1)
+    return pcp_solve(y.flatten(0, 1), net, layers).unflatten(0, y.shape[:2]), 0
+
+
+def _in_front(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+    """A tensor of vmap with its batch as the first dimension."""
+    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+def solve(y: Tensor, net: Network) -> Tensor:
+    """x (B, D) with grad P(x) = y, without a graph; NaN in rows where an input is not finite."""
+    return pcp_solve(y.detach(), [one.detach() for one in net.tensors], len(net.inputs))
 
 
 def inverse(y: Tensor, net: Network) -> tuple[Tensor, Tensor]:
