@@ -38,7 +38,6 @@ class AnyPythonWheel(bdist_wheel):
 setup(
     packages=find_packages("src"),
     package_dir={"": "src"},
-    package_data={"fastflow": ["py.typed"]},
     ext_modules=[Extension("fastflow._native", sources=[])],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPythonWheel},
     options={"egg_info": {"egg_base": "."}},
