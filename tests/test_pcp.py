@@ -312,6 +312,9 @@ def test_vmap_of_the_inverse_by_any_argument() -> None:
     close = torch.testing.assert_close
     close(vmap(undo, in_dims=(1, 1), out_dims=1)(y, context), want)
     close(vmap(vmap(undo))(y, context), want)
+    plain = layer(3, 0, (6, 5))
+    rule = vmap(lambda y: pcp_inverse.solve(y, plain.network(None, F64)), in_dims=1, out_dims=1)
+    close(rule(y), plain.inverse(y)[0])  # the op's own rule: the batch is not in front
     close(vmap(undo, in_dims=(0, None))(y, context[0]), made.inverse(y, context[0])[0])
     close(vmap(undo, in_dims=(None, 0))(y[0], context), made.inverse(y[0], context)[0])
     weights = torch.stack([made.weights[0], made.weights[0] + 1])
