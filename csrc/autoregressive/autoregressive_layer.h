@@ -1,6 +1,7 @@
 // A layer on a tile of rows, as the passes of both directions need it, and the context's layer.
 #pragma once
 
+#include "autoregressive_units.h"
 #include "autoregressive_unsorted.h"
 
 namespace fastflow {

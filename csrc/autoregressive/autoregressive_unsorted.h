@@ -4,7 +4,6 @@
 
 #include "../common/staircase_unsorted.h"
 #include "autoregressive_network.h"
-#include "autoregressive_units.h"
 
 namespace fastflow {
 
