@@ -9,6 +9,7 @@ x, or what the inverse found.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -22,6 +23,9 @@ from fastflow.reference import autoregressive, made
 from fastflow.transforms import batched, forward_mode_active, functorch_active
 
 Tensors = Sequence[Tensor]
+
+CHEAP_PASS = 2**19
+"""Multiply-adds of a pass below which calling functions takes most of its time, on a CPU core."""
 
 
 class Op(NamedTuple):
@@ -179,6 +183,40 @@ def by_node(
     return node.run(OPS[name].forward, x, terms, weights, biases, stairs, *setting, True)
 
 
+def by_autograd(
+    name: str,
+    x: Tensor,
+    terms: Tensors,
+    weights: Tensors,
+    biases: Tensors,
+    stairs: Tensor,
+    setting: tuple,
+) -> tuple[Tensor, ...] | None:
+    """One of `OPS` in plain PyTorch, which differentiates it; None where a backend shall compute.
+
+    Where no compiled backend serves, the passes that PyTorch derives take less time than those of
+    the reference by hand. The inverse is such passes only where each is cheap, as a sweep over
+    features calls many more functions; else the reference sweeps.
+    """
+    op = OPS[name]
+    if not backends.uncompiled(op.forward, x.device.type):
+        return None
+    if op.inverse:
+        features, rows = x.shape[-1], x.shape[:-1].numel()
+        work = (features - 1) * rows * sum(weight.numel() for weight in weights)
+        if work >= features * CHEAP_PASS:  # a sweep does the work of one pass, not of D
+            return None
+        compute = autoregressive.inverse_by_passes
+    else:
+        compute = op.reference
+        setting = (*setting, False)
+    network = (x, terms, weights, biases, stairs, *setting)
+    rounded = torch.is_autocast_enabled(x.device.type)  # which kernels are not
+    with torch.autocast(x.device.type, enabled=False) if rounded else nullcontext():
+        outputs = compute(*network)
+    return outputs if op.inverse else outputs[:-1]
+
+
 def masked_network(
     name: str,
     x: Tensor,
@@ -213,6 +251,8 @@ def masked_network(
         or (torch.compiler.is_compiling() and not backends.traceable(op.forward, x))
     ):
         return op.reference(*network, *setting, False)[:-1]
+    if not recompute and (outputs := by_autograd(name, *network, setting)) is not None:
+        return outputs
     if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
         return tuple(
             backends.call(op.forward, *network, *setting, False, name=backends.current())[:-1]
