@@ -24,7 +24,7 @@ from fastflow.transforms import batched, forward_mode_active, functorch_active
 
 Tensors = Sequence[Tensor]
 
-CHEAP_PASS = 2**19
+CHEAP_PASS = 3 * 2**19
 """Multiply-adds of a pass below which calling functions takes most of its time, on a CPU core."""
 
 
@@ -183,6 +183,13 @@ def by_node(
     return node.run(OPS[name].forward, x, terms, weights, biases, stairs, *setting, True)
 
 
+def passes_are_cheap(x: Tensor, weights: Tensors) -> bool:
+    """Whether, in plain PyTorch, D passes take less time than a sweep over D features."""
+    features, rows = x.shape[-1], x.shape[:-1].numel()
+    work = (features - 1) * rows * sum(weight.numel() for weight in weights)
+    return work < features * CHEAP_PASS  # a sweep does the work of one pass
+
+
 def by_autograd(
     name: str,
     x: Tensor,
@@ -202,9 +209,7 @@ def by_autograd(
     if not backends.uncompiled(op.forward, x.device.type):
         return None
     if op.inverse:
-        features, rows = x.shape[-1], x.shape[:-1].numel()
-        work = (features - 1) * rows * sum(weight.numel() for weight in weights)
-        if work >= features * CHEAP_PASS:  # a sweep does the work of one pass, not of D
+        if not passes_are_cheap(x, weights):
             return None
         compute = autoregressive.inverse_by_passes
     else:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from fastflow.autograd.masked import passes_are_cheap
+from fastflow.convert.choice import few_rows, no_kernel
 from fastflow.transforms import wrapped
 
 
@@ -26,6 +28,8 @@ class Converted:
 
     derived: tuple[str, ...] = ()
     """Attributes that the layer has because it is converted."""
+    op: ClassVar[str]
+    """The op of its parallel direction."""
 
     def prepare(self) -> None:
         """Computes what the layer needs beside its parameters.
@@ -66,6 +70,9 @@ class MaskedLayer(Converted):
     """
 
     derived = ("_stairs", "_sources")
+    op = "autoregressive_forward"
+    ordered: ClassVar[bool] = False
+    """Whether the library sorts hidden units by degree."""
     _stairs: Tensor | list[Tensor] | None
     _sources: list[tuple[Tensor, float]]
 
@@ -118,6 +125,20 @@ class MaskedLayer(Converted):
                 stacklevel=2,
             )
         return self._stairs
+
+    def answered(self, x: Tensor, network: dict[str, Any] | None, inverse: bool = False) -> bool:
+        """Whether the library's own code is to answer a call, being faster or the only one.
+
+        Arguments:
+            x: points, (*batch, D).
+            network: as ops take it; None where they cannot.
+            inverse: of the direction that is not parallel.
+        """
+        if network is None:
+            return True
+        if inverse:
+            return no_kernel(self.op, x) and passes_are_cheap(x, network["weights"])
+        return not self.ordered and few_rows(x, network["weights"])
 
     def refresh(self) -> None:
         """Makes the staircase anew if the masks are others, for compiled calls."""

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from fastflow.bijections.base import check_features
 from fastflow.convert.activations import check_hooks, one_activation
+from fastflow.convert.choice import no_kernel
 from fastflow.convert.joined import JoinedLayer
 from fastflow.convert.layer import Converted, Unsupported
 from fastflow.convert.remembering import Remembering
@@ -53,6 +54,7 @@ class MaskedNetwork(JoinedLayer):
 
     context_first = True
     interleaved = False
+    ordered = True
     kind: type[networks.ConditionalAutoRegressiveNN]
     """The exact class of the network."""
 
@@ -93,8 +95,8 @@ class AffineStep(Remembering):
     """The affine transform that a masked network makes."""
 
     def compute(self, point: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        network = self.network()
-        if network is None:
+        network = None if not inverse and no_kernel(self.op, point) else self.network()
+        if self.answered(point, network, inverse):
             name = ("_inverse" if inverse else "_call") + "_stable" * self.stable
             image = getattr(transforms.AffineAutoregressive, name)(self, point)
             return image, self._cached_log_scale.sum(-1)
@@ -155,8 +157,13 @@ class Conditioned(Remembering):
 class ConditionedAffineAutoregressive(AffineStep, Conditioned, transforms.AffineAutoregressive):
     """What the layer that follows makes of a context."""
 
+    op = MaskedNetwork.op
+
     def network(self) -> dict[str, Any] | None:
         return self.layer().network(self.context)
+
+    def answered(self, x: Tensor, network: dict[str, Any] | None, inverse: bool = False) -> bool:
+        return self.layer().answered(x, network, inverse)
 
 
 class ConditionalAffineAutoregressive(
@@ -183,7 +190,12 @@ class ConditionalAffineAutoregressive(
 class PlanarStep(Remembering):
     """A planar transform. Unlike Pyro's it has an inverse."""
 
+    op = "planar_flow_forward"
+
     def compute(self, point: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        if not inverse and no_kernel(self.op, point):
+            image = transforms.Planar._call(self, point)
+            return image, self._cached_logDetJ
         b, u, w = self._params()
         chain = (w.unsqueeze(-2), u.unsqueeze(-2), b)  # of one step
         if not inverse:
@@ -211,6 +223,8 @@ class ConditionedPlanar(PlanarStep, Conditioned, OriginalConditionedPlanar):
 
 class ConditionalPlanar(Conditional, Converted, transforms.ConditionalPlanar):
     """Converts `pyro.distributions.transforms.ConditionalPlanar`, whatever its network is."""
+
+    op = PlanarStep.op
 
     conditioned = ConditionedPlanar
 
