@@ -45,7 +45,8 @@ SHOWN = {
         ("density", "log_prob", "training", "sample"),
         "convert. Flows of T layers of the library that the case names, after "
         "fastflow.convert and before, with the same weights. Density: with all gradients; "
-        "log_prob: without; training: a whole step of Adam on it. Samples: from noise, without gradients.",
+        "log_prob: without; training: a whole step of Adam on it. Samples: from noise, without "
+        "gradients.",
     ),
     "vae": Shown(
         3,

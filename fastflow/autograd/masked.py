@@ -9,7 +9,6 @@ x, or what the inverse found.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -215,10 +214,7 @@ def by_autograd(
     else:
         compute = op.reference
         setting = (*setting, False)
-    network = (x, terms, weights, biases, stairs, *setting)
-    rounded = torch.is_autocast_enabled(x.device.type)  # which kernels are not
-    with torch.autocast(x.device.type, enabled=False) if rounded else nullcontext():
-        outputs = compute(*network)
+    outputs = compute(x, terms, weights, biases, stairs, *setting)
     return outputs if op.inverse else outputs[:-1]
 
 

@@ -20,6 +20,7 @@ and free of data-dependent control flow, so they also answer function transforms
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -152,6 +153,13 @@ def reach(seen: Sequence[Tensor], residual: bool) -> Tensor:
     return found[-1].bool()
 
 
+def exactly(device: str) -> AbstractContextManager[None]:
+    """Products as kernels make them, not rounded under autocast."""
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
 def forward(
     x: Tensor,
     terms: Sequence[Tensor],
@@ -167,7 +175,9 @@ def forward(
     below = x
     for level, mask in enumerate(layout(stairs, widths(x, weights)).masks, 1):
         weight, bias = weights[level - 1], biases[level - 1]
-        p = nnf.linear(below, torch.where(mask, weight, 0), None if bias.shape == (0,) else bias)
+        bias = None if bias.shape == (0,) else bias
+        with exactly(x.device.type):
+            p = nnf.linear(below, torch.where(mask, weight, 0), bias)
         if terms and terms[level - 1].shape != (0,):
             p = p + terms[level - 1]
         if skips(level, hidden, residual):
