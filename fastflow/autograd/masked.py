@@ -210,7 +210,7 @@ def by_autograd(
     if op.inverse:
         if not passes_are_cheap(x, weights):
             return None
-        compute = autoregressive.inverse_by_passes
+        compute = autoregressive.inverse_of_network
     else:
         compute = op.reference
         setting = (*setting, False)

@@ -102,7 +102,7 @@ def autoregressive_inverse(
     """
     if not isinstance(stairs, Tensor) or not (save or readable(stairs)):
         net = (terms, weights, biases, stairs, activation, residual)
-        return *inverse_by_passes(y, *net, scale, c0, c1), y.new_empty(0)
+        return *inverse_of_network(y, *net, scale, c0, c1), y.new_empty(0)
     net = _Sorted.of(y, weights, stairs, residual)
     hidden, act = net.hidden, network.BY_NUMBER[activation].value
     y = y.index_select(-1, net.orders[0])
@@ -224,7 +224,7 @@ def autoregressive_inverse_backward(
     return dy, *lists
 
 
-def inverse_by_passes(
+def inverse_of_network(
     y: Tensor,
     terms: Sequence[Tensor],
     weights: Sequence[Tensor],
