@@ -42,11 +42,11 @@ SHOWN = {
     ),
     "convert": Shown(
         8,
-        ("density", "training", "sample"),
+        ("density", "log_prob", "training", "sample"),
         "convert. Flows of T layers of the library that the case names, after "
         "fastflow.convert and before, with the same weights. Density: with all gradients; "
-        "training: a whole step of Adam on it. Samples: from noise, without gradients, as is "
-        "log_prob alone.",
+        "log_prob: without; training: a whole step of Adam on it. Samples: from noise, without "
+        "gradients.",
     ),
     "vae": Shown(
         3,

@@ -29,7 +29,7 @@ DIRECTIONS = {
     "inverse": "inverse",
     "inverse_backward": "inverse + backward",
     "density": "log_prob + backward",
-    "evaluation": "log_prob",
+    "log_prob": "log_prob",
     "sample": "samples",
 }
 SWEEP_OPS = ("autoregressive_inverse_by_D",)

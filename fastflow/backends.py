@@ -48,7 +48,7 @@ _registry: dict[str, Backend] = {}
 _order: dict[str, list[str]] = {"cpu": [], "cuda": []}
 _chosen: str | None = None  # a plain global, which torch.compile guards on
 _selected: dict[tuple[str, str, str | None], Callable] = {}
-_known: dict[tuple[str, str], bool] = {}
+_known: dict[tuple[str, ...], bool] = {}
 _warned: set[tuple[str, str]] = set()
 
 
@@ -167,6 +167,28 @@ def call(op: str, *args: Any, name: str | None) -> tuple[Tensor, ...]:
     # raw ops refuse to be differentiated; here that is taken care of
     with torch._C._AutoDispatchBelowAutograd():
         return function(*args)
+
+
+def uncompiled(op: str, device: str) -> bool:
+    """Whether the reference is the automatic choice: nothing faster serves such a device here.
+
+    Not so inside `use_backend`, which is obeyed.
+    """
+    return _chosen is None and _is_reference(op, device)
+
+
+def _is_reference(op: str, device: str) -> bool:
+    key = ("reference", op, device)
+    if key not in _known:
+        _find(op, device, None)  # which warns
+        _known[key] = not any(
+            status(name) is None and _registry[name].locate(op) is not None
+            for name in _order.get(device, [])
+        )
+    return _known[key]
+
+
+_is_reference._dynamo_marked_constant = True  # torch.compile takes the answer as it is
 
 
 def traceable(op: str, tensor: Tensor) -> bool:

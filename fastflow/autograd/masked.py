@@ -23,6 +23,9 @@ from fastflow.transforms import batched, forward_mode_active, functorch_active
 
 Tensors = Sequence[Tensor]
 
+CHEAP_PASS = 3 * 2**19
+"""Multiply-adds of a pass below which calling functions takes most of its time, on a CPU core."""
+
 
 class Op(NamedTuple):
     """The names of an op's two passes, and what answers where no kernel can."""
@@ -180,6 +183,42 @@ def by_node(
     return node.run(OPS[name].forward, x, terms, weights, biases, stairs, *setting, True)
 
 
+def passes_are_cheap(x: Tensor, weights: Tensors) -> bool:
+    """Whether, in plain PyTorch, D passes take less time than a sweep over D features."""
+    features, rows = x.shape[-1], x.shape[:-1].numel()
+    work = (features - 1) * rows * sum(weight.numel() for weight in weights)
+    return work < features * CHEAP_PASS  # a sweep does the work of one pass
+
+
+def by_autograd(
+    name: str,
+    x: Tensor,
+    terms: Tensors,
+    weights: Tensors,
+    biases: Tensors,
+    stairs: Tensor,
+    setting: tuple,
+) -> tuple[Tensor, ...] | None:
+    """One of `OPS` in plain PyTorch, which differentiates it; None where a backend shall compute.
+
+    Where no compiled backend serves, the passes that PyTorch derives take less time than those of
+    the reference by hand. The inverse is such passes only where each is cheap, as a sweep over
+    features calls many more functions; else the reference sweeps.
+    """
+    op = OPS[name]
+    if not backends.uncompiled(op.forward, x.device.type):
+        return None
+    if op.inverse:
+        if not passes_are_cheap(x, weights):
+            return None
+        compute = autoregressive.inverse_of_network
+    else:
+        compute = op.reference
+        setting = (*setting, False)
+    outputs = compute(x, terms, weights, biases, stairs, *setting)
+    return outputs if op.inverse else outputs[:-1]
+
+
 def masked_network(
     name: str,
     x: Tensor,
@@ -217,6 +256,8 @@ def masked_network(
         or (torch.compiler.is_compiling() and not backends.traceable(op.forward, x))
     ):
         return op.reference(*network, *setting, False)[:-1]
+    if not recompute and (outputs := by_autograd(name, *network, setting)) is not None:
+        return outputs
     if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
         return tuple(
             backends.call(op.forward, *network, *setting, False, name=backends.current())[:-1]

@@ -12,7 +12,7 @@ from fastflow.bijections.base import Bijection, check_batches, check_features, p
 from fastflow.bijections.made import MADE
 from fastflow.functional.autoregressive import autoregressive, autoregressive_inverse
 from fastflow.inner import plain
-from fastflow.reference.autoregressive import inverse_by_passes
+from fastflow.reference.autoregressive import inverse_by_passes, settled_by_passes
 from fastflow.reference.network import reach
 from fastflow.reference.scales import step
 from fastflow.scales import Gate, Scale, scale_map
@@ -141,7 +141,8 @@ class MaskedAffineAutoregressive(Bijection):
         points = points.to(compute)
         if inverse:
             seen = reach(made.masks(), made.residual).unflatten(0, (-1, 2)).any(1)
-            image, ladj = inverse_by_passes(points, shift_and_scale, seen, setting)
+            settled = settled_by_passes(seen)
+            image, ladj = inverse_by_passes(points, shift_and_scale, settled, setting)
         else:
             image, logs = step(points, *shift_and_scale(points), *setting)
             ladj = logs.sum(-1)

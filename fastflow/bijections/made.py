@@ -36,7 +36,8 @@ class MADE(Arranged):
     Arguments:
         features: D.
         params_per_feature: P, the number of outputs for a feature.
-        hidden_features: widths of the hidden layers; () for a masked linear map.
+        hidden_features: widths of the hidden layers; () for a masked linear map. With one feature
+            and no context there are none, as their units would see nothing.
         context_features: C, 0 for no context.
         activation: relu, tanh, elu, silu, gelu, softplus or leaky_relu.
         order: the place of every feature in the order: None (natural), "reverse", "random" (drawn
@@ -91,6 +92,8 @@ class MADE(Arranged):
         self.hidden_features = _widths(hidden_features, self.residual)
         if order is not None and adjacency is not None:
             raise ValueError("MADE: order and adjacency are both given, must be one of them")
+        if self.features == 1 and not self.context_features:  # no unit would see anything
+            self.hidden_features, self.residual = [], False
         inner = self.hidden_features[:1] * self.residual + self.hidden_features
         widths = [self.features, *inner, self.features * self.params_per_feature]
         self.layers = nn.ModuleList(map(nn.Linear, widths, widths[1:]))

@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from fastflow.autograd.masked import passes_are_cheap
+from fastflow.convert.choice import few_rows, no_kernel
 from fastflow.inner import Watched, global_hooks, inside, own_method, plain
 from fastflow.memo import tensors
 from fastflow.notices import warn
@@ -28,6 +30,8 @@ class Converted:
 
     derived: tuple[str, ...] = ()
     """Attributes that the layer has because it is converted."""
+    op: ClassVar[str]
+    """The op of its parallel direction."""
 
     def prepare(self) -> None:
         """Computes what the layer needs beside its parameters.
@@ -82,6 +86,9 @@ class MaskedLayer(Converted):
     """Which of these are the masked layers, from the inputs up."""
     _watched: tuple[Watched, list[nn.Module]] | None
     """The network as it was last found plain, and the masked layers; no copy has it."""
+    op = "autoregressive_forward"
+    ordered: ClassVar[bool] = False
+    """Whether the library sorts hidden units by degree."""
     _stairs: Tensor | list[Tensor] | None
     _sources: list[tuple[Tensor, float]]
 
@@ -163,6 +170,20 @@ class MaskedLayer(Converted):
         except Unsupported as problem:
             warn(f"{type(self).__name__}: {problem}: the library's own code answers, at its speed")
         return self._stairs
+
+    def answered(self, x: Tensor, network: dict[str, Any] | None, inverse: bool = False) -> bool:
+        """Whether the library's own code is to answer a call, being faster or the only one.
+
+        Arguments:
+            x: points, (*batch, D).
+            network: as ops take it; None where they cannot.
+            inverse: of the direction that is not parallel.
+        """
+        if network is None:
+            return True
+        if inverse:
+            return no_kernel(self.op, x) and passes_are_cheap(x, network["weights"])
+        return not self.ordered and few_rows(x, network["weights"])
 
     def refresh(self) -> None:
         """Makes the staircase anew if the masks are others, for compiled calls."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastflow.autograd.context import ContextTerm
 from fastflow.convert.activations import check_hooks, one_activation
+from fastflow.convert.choice import no_kernel
 from fastflow.convert.layer import MaskedLayer, Unsupported, as_bool
 from fastflow.convert.staircase import staircase_of
 from fastflow.functional.autoregressive import autoregressive, autoregressive_inverse
@@ -33,14 +34,14 @@ class MadeLayer(MaskedLayer):
     methods = ("_elementwise_forward", "_elementwise_inverse", "_unconstrained_scale_and_shift")
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        network = self.network(inputs, context)
-        if network is None:
+        network = None if no_kernel(self.op, inputs) else self.network(inputs, context)
+        if self.answered(inputs, network):
             return super().forward(inputs, context)
         return autoregressive(inputs, **network)
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         network = self.network(inputs, context)
-        if network is None:
+        if self.answered(inputs, network, inverse=True):
             return super().inverse(inputs, context)
         return autoregressive_inverse(inputs, **network)
 

@@ -12,6 +12,7 @@ from normflows.nets import made
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
+from fastflow.convert.choice import no_kernel
 from fastflow.convert.layer import Converted, Unsupported
 from fastflow.convert.made import MadeLayer
 from fastflow.functional.planar_flow import planar_flow, planar_flow_inverse
@@ -74,6 +75,8 @@ class MaskedAffineAutoregressive(MadeLayer, autoregressive.MaskedAffineAutoregre
 class Planar(Converted, planar.Planar):
     """normflows' planar step with tanh, which has an inverse here."""
 
+    op = "planar_flow_forward"
+
     def prepare(self) -> None:
         if self.act != "tanh":
             raise Unsupported(f"activation {self.act} is not supported, only tanh")
@@ -82,7 +85,7 @@ class Planar(Converted, planar.Planar):
             raise Unsupported(f"w, u and b have shapes {shapes}, not (1, D), (1, D) and (1,)")
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        if z.shape[1:] != self.w.shape[1:]:
+        if z.shape[1:] != self.w.shape[1:] or no_kernel(self.op, z):
             return super().forward(z)
         z_K, ladj = planar_flow(z.flatten(1), *self.step())
         return z_K.view(z.shape), ladj

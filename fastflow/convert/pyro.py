@@ -28,6 +28,7 @@ from torch.distributions import Transform
 
 from fastflow.bijections.base import check_features
 from fastflow.convert.activations import check_hooks, one_activation
+from fastflow.convert.choice import no_kernel
 from fastflow.convert.joined import JoinedLayer
 from fastflow.convert.layer import Converted, Unsupported
 from fastflow.functional.autoregressive import autoregressive, autoregressive_inverse
@@ -69,6 +70,7 @@ class MaskedNetwork(JoinedLayer):
 
     context_first = True
     interleaved = False
+    ordered = True
     kind: type[networks.ConditionalAutoRegressiveNN]
     """The exact class of the network."""
     place: str
@@ -113,8 +115,8 @@ class AffineStep(Computed):
     """The affine transform that a masked network makes."""
 
     def compute(self, point: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        network = self.network()
-        if network is None:
+        network = None if not inverse and no_kernel(self.op, point) else self.network()
+        if self.answered(point, network, inverse):
             return self._by_pyro(point, inverse)
         if not inverse:
             return autoregressive(point, **network)
@@ -172,8 +174,13 @@ class Conditioned(Computed):
 class ConditionedAffineAutoregressive(AffineStep, Conditioned, transforms.AffineAutoregressive):
     """What the layer that follows makes of a context."""
 
+    op = MaskedNetwork.op
+
     def network(self) -> dict[str, Any] | None:
         return self.layer().network(self.context)
+
+    def answered(self, x: Tensor, network: dict[str, Any] | None, inverse: bool = False) -> bool:
+        return self.layer().answered(x, network, inverse)
 
 
 class ConditionalAffineAutoregressive(
@@ -198,7 +205,13 @@ class ConditionalAffineAutoregressive(
 class PlanarStep(Computed):
     """A planar transform. Unlike Pyro's it has an inverse."""
 
+    op = "planar_flow_forward"
+
     def compute(self, point: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        if not inverse and no_kernel(self.op, point):
+            original = object.__new__(transforms.Planar)  # of this call, of this thread
+            original.__dict__.update(self.__dict__)
+            return transforms.Planar._call(original, point), original._cached_logDetJ
         b, u, w = self._params()
         chain = (w.unsqueeze(-2), u.unsqueeze(-2), b)  # of one step
         if not inverse:
@@ -222,6 +235,8 @@ class ConditionedPlanar(PlanarStep, Conditioned, OriginalConditionedPlanar):
 
 class ConditionalPlanar(Conditional, Converted, transforms.ConditionalPlanar):
     """Converts `pyro.distributions.transforms.ConditionalPlanar`, whatever its network is."""
+
+    op = PlanarStep.op
 
     conditioned = ConditionedPlanar
 

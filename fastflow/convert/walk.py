@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from fastflow.convert.choice import left_alone
 from fastflow.convert.inside import modules_inside
 from fastflow.convert.layer import Converted, Unsupported
 
@@ -60,7 +61,7 @@ class Report:
         return "\n".join(lines)
 
 
-def convert(model: nn.Module, strict: bool = False) -> Report:
+def convert(model: nn.Module, strict: bool = False, without_kernels: bool = False) -> Report:
     """Makes the layers of zuko, nflows, normflows and Pyro in a model fast, in place.
 
     Every layer whose class and settings fastflow knows computes the same numbers with fastflow's
@@ -71,7 +72,10 @@ def convert(model: nn.Module, strict: bool = False) -> Report:
 
     Arguments:
         model: any module. A library is imported only if the model contains modules of it.
-        strict: whether to raise where a layer of a known kind cannot be converted.
+        strict: whether to raise where a layer of a known kind is not converted.
+        without_kernels: whether to convert layers on devices that no compiled backend serves, too.
+            By default they are left alone. Converted, their parallel direction is the library's own
+            code, and the other one, D passes there, is a sweep in plain PyTorch.
 
     Returns:
         A `Report`; `print(report)` shows a table.
@@ -95,7 +99,11 @@ def convert(model: nn.Module, strict: bool = False) -> Report:
             converted = _converted_class(type(module))
             if converted is None:
                 continue
-            twins.append((converted.twin(module), module))
+            twin = converted.twin(module)
+            reason = None if without_kernels else left_alone(twin.op, module)
+            if reason is not None:
+                raise Unsupported(reason)
+            twins.append((twin, module))
         except Unsupported as problem:
             skipped.append(Row(path, type(module).__name__, str(problem)))
         else:

@@ -26,6 +26,7 @@ from zuko.nn import MaskedLinear, MaskedMLP, Residual
 
 from fastflow.bijections.base import check_features, refuse_context
 from fastflow.convert.activations import check_hooks, one_activation
+from fastflow.convert.choice import no_kernel
 from fastflow.convert.joined import JoinedLayer
 from fastflow.convert.layer import Unsupported
 from fastflow.functional.autoregressive import autoregressive, autoregressive_inverse
@@ -57,13 +58,16 @@ class AutoregressiveTransform(transforms.AutoregressiveTransform):
         return self.call_and_ladj(x)[1]
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        network = self.layer.network(self.context)
-        return super().call_and_ladj(x) if network is None else autoregressive(x, **network)
+        layer = self.layer
+        network = None if no_kernel(layer.op, x) else layer.network(self.context)
+        if layer.answered(x, network):
+            return super().call_and_ladj(x)
+        return autoregressive(x, **network)
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """x, and the log-determinant of the inverse."""
         network = self.layer.network(self.context)
-        if network is not None:
+        if not self.layer.answered(y, network, inverse=True):
             return autoregressive_inverse(y, **network)
         x = super()._inverse(y)
         return x, -super().log_abs_det_jacobian(x, y)

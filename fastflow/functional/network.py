@@ -10,9 +10,10 @@ from torch import Tensor
 
 from fastflow.autograd import context
 from fastflow.autograd.context import ContextTerm
-from fastflow.autograd.masked import by_node, masked_network
+from fastflow.autograd.masked import by_autograd, by_node, masked_network
 from fastflow.functional.checks import broadcast_batches, check_tensors
 from fastflow.functional.stairs import check_dependence, check_stairs, known_dependence
+from fastflow.reference import scales
 from fastflow.reference.network import ACTIVATIONS
 
 NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
@@ -62,6 +63,9 @@ def run(
     # the node's ops for CPUs look at the stairs themselves
     known = plain and (stairs.is_cpu or known_dependence(weights, stairs, setting[1], affine))
     network, term = (op, x, weights, biases, stairs, setting), None
+    alone = affine and not terms and _is_alone(x, weights)
+    if known and alone:
+        return _of_one_feature(*network, activation)
     if known and (outputs := _quickly(*network, terms)) is not None:
         return outputs  # most calls need nothing below
     if isinstance(terms, ContextTerm):
@@ -96,6 +100,8 @@ def run(
             f"equal width, theirs are {hidden}"
         )
     check_dependence(op, x.shape[-1], weights, stairs, setting[1], affine)
+    if alone:
+        return _of_one_feature(op, x, weights, biases, stairs, setting, activation)
     if plain and not known:
         if term is not None and (outputs := _quickly(*network, term)) is not None:
             return outputs
@@ -148,9 +154,77 @@ def _quickly(
     It computes a context's layer in the same op, and declines where there is no such op.
     """
     biases = (None,) * len(weights) if biases is None else biases
-    if not isinstance(terms, ContextTerm):
-        return by_node(op, x, () if terms is None else terms, weights, biases, stairs, setting)
-    return context.by_node(op, x, terms, weights, biases, stairs, setting)
+    if isinstance(terms, ContextTerm):
+        return context.by_node(op, x, terms, weights, biases, stairs, setting)
+    network = (x, () if terms is None else terms, weights, biases, stairs)
+    outputs = by_node(op, *network, setting)
+    if outputs is None and _fits(*network, setting[1], affine=len(setting) > 2):
+        x, *lists, stairs = network
+        terms, weights, biases = (_tensors(op, "", tensors, x) for tensors in lists)
+        outputs = by_autograd(op, x, terms, weights, biases, stairs, setting)
+    return outputs
+
+
+def _fits(
+    x: Tensor,
+    terms: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    stairs: Tensor,
+    residual: bool,
+    affine: bool,
+) -> bool:
+    """Whether a glance shows that PyTorch can compute a network with nothing checked or changed."""
+    if type(x) is not Tensor or x.dtype not in (torch.float32, torch.float64) or residual:
+        return False
+    dtype, device, batch, below = x.dtype, x.device, x.shape[:-1], x.shape[-1]
+    entries = below
+    if len(biases) != len(weights) or (terms and len(terms) != len(weights)):
+        return False
+    for weight, bias, term in zip(weights, biases, terms or biases):
+        units = len(weight)
+        if weight.shape != (units, below) or weight.dtype != dtype or weight.device != device:
+            return False
+        if bias is not None and (bias.shape != (units,) or bias.dtype != dtype):
+            return False
+        if terms and term is not None and (term.shape != (*batch, units) or term.dtype != dtype):
+            return False
+        below = units
+        entries += 2 * units
+    if affine and below != 2 * x.shape[-1]:
+        return False
+    return stairs.shape == (entries,) and stairs.dtype == torch.int32 and stairs.device == device
+
+
+def _is_alone(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether hidden layers have one feature to see, which in an affine network they must not."""
+    if not isinstance(x, Tensor) or x.shape[-1:] != (1,):
+        return False
+    if not isinstance(weights, (list, tuple)) or len(weights) < 2:  # biases are rows already
+        return False
+    kinds = {getattr(weight, "dtype", None) for weight in weights}
+    return x.dtype in (torch.float32, torch.float64) and kinds == {x.dtype}
+
+
+def _of_one_feature(
+    op: str,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None,
+    stairs: Tensor | Sequence[Tensor],
+    setting: tuple,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """An affine op on (*batch, 1) whose network sees nothing: one row stands for all."""
+    row = x.new_zeros(1, 1)
+    (outputs,) = run("made", "x", row, weights, biases, stairs, None, activation, setting[1])
+    outputs = outputs[0]
+    if isinstance(stairs, Tensor):  # which says where the shift is
+        outputs = outputs.gather(0, stairs[-4:-2].long())
+    compute = scales.step_back if op == "autoregressive_inverse" else scales.step
+    y, l = compute(x, *outputs.split(1), *setting[2:])  # noqa: E741
+    ladj = -l.sum() if op == "autoregressive_inverse" else l.sum()
+    return y, ladj.expand(x.shape[:-1]).clone()
 
 
 def _tensors(op: str, name: str, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:

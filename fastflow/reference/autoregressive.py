@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fastflow import masks
 from fastflow.reference import made, network, scales
+from fastflow.reference.layout import layout, output_rows, remembered
 from fastflow.transforms import readable
 
 BLOCK = 16  # stages between two products with everything that is known before them
@@ -43,7 +44,7 @@ def autoregressive_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y (B, D), ladj (B,) and what backward needs."""
     found = network.forward(x, terms, weights, biases, stairs, activation, residual)
-    m, a = _by_feature(found[-1], stairs, x.shape[-1])
+    m, a = _by_feature(found[-1], stairs, network.widths(x, weights))
     y, l = scales.step(x, m, a, scale, c0, c1)  # noqa: E741
     return y, l.sum(-1), torch.cat(found, -1).flatten() if save else x.new_empty(0)
 
@@ -67,7 +68,7 @@ def autoregressive_backward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     """dx, and the gradients of terms, weights and biases; shape (0,) where not wanted."""
     *hidden, outputs = made.split(saved, x, weights)
-    m, a = _by_feature(outputs, stairs, x.shape[-1])
+    m, a = _by_feature(outputs, stairs, network.widths(x, weights))
     dx, dm, da = scales.step_vjp(dy, dladj[:, None], x, m, a, scale, c0, c1)
     d_outputs = _to_outputs(dm, da, stairs)
     through, cotangents = network.backward(
@@ -101,7 +102,7 @@ def autoregressive_inverse(
     """
     if not isinstance(stairs, Tensor) or not (save or readable(stairs)):
         net = (terms, weights, biases, stairs, activation, residual)
-        return *_inverse_by_passes(y, net, (scale, c0, c1)), y.new_empty(0)
+        return *inverse_of_network(y, *net, scale, c0, c1), y.new_empty(0)
     net = _Sorted.of(y, weights, stairs, residual)
     hidden, act = net.hidden, network.BY_NUMBER[activation].value
     y = y.index_select(-1, net.orders[0])
@@ -223,24 +224,50 @@ def autoregressive_inverse_backward(
     return dy, *lists
 
 
-def _inverse_by_passes(y: Tensor, net: tuple, scale: tuple) -> tuple[Tensor, Tensor]:
-    """The inverse by passes through the whole network."""
-    terms, weights, biases, stairs, activation, residual = net
-    features = y.shape[-1]
-    seen = masks.masks(stairs, network.widths(y, weights))
-    adjacency = network.reach(seen, residual)[_output_rows(stairs, features)].any(1)
+def inverse_of_network(
+    y: Tensor,
+    terms: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    stairs: Tensor | Sequence[Tensor],
+    activation: int,
+    residual: bool,
+    scale: int,
+    c0: float,
+    c1: float,
+) -> tuple[Tensor, Tensor]:
+    """The inverse by passes through the whole network, each of which settles some features more."""
+    widths = network.widths(y, weights)
+
+    def stages() -> list[Tensor]:
+        seen = network.reach(layout(stairs, widths).masks, residual)
+        return settled_by_passes(seen[output_rows(stairs, widths[0])].any(1))
 
     def shift_and_scale(x: Tensor) -> tuple[Tensor, Tensor]:
-        outputs = network.forward(x, terms, weights, biases, seen, activation, residual)[-1]
-        return _by_feature(outputs, stairs, features)
+        outputs = network.forward(x, terms, weights, biases, stairs, activation, residual)[-1]
+        return _by_feature(outputs, stairs, widths)
 
-    return inverse_by_passes(y, shift_and_scale, adjacency, scale)
+    sources = (stairs,) if isinstance(stairs, Tensor) else stairs
+    settled = remembered(stages, sources, (*widths, residual)) or stages()
+    return inverse_by_passes(y, shift_and_scale, settled, (scale, c0, c1))
+
+
+def settled_by_passes(adjacency: Tensor) -> list[Tensor]:
+    """Which features (D,) are known after each pass through an autoregressive map.
+
+    Arguments:
+        adjacency: bool (D, D), [i, j] says that what is made for feature i depends on x_j.
+    """
+    found = [torch.zeros_like(adjacency[0])]
+    for _ in range(masks.depth(adjacency) if readable(adjacency) else len(adjacency)):
+        found.append(~(adjacency & ~found[-1]).any(1))
+    return found[1:]
 
 
 def inverse_by_passes(
     y: Tensor,
     shift_and_scale: Callable[[Tensor], tuple[Tensor, ...]],
-    adjacency: Tensor,
+    settled: Sequence[Tensor],
     scale: tuple,
 ) -> tuple[Tensor, Tensor]:
     """The inverse by passes through any autoregressive map, of which each settles more features.
@@ -248,16 +275,15 @@ def inverse_by_passes(
     Arguments:
         y: (*batch, D).
         shift_and_scale: gives m and a (*batch, D) at x.
-        adjacency: bool (D, D), [i, j] says that m_i and a_i depend on x_j.
+        settled: what `settled_by_passes` returns for the map.
         scale: the scale map, as ops take it.
 
     Returns:
         x (*batch, D), and ladj (*batch,) of the inverse.
     """
-    x, known = torch.zeros_like(y), torch.zeros_like(adjacency[0])
-    for _ in range(masks.depth(adjacency) if readable(adjacency) else y.shape[-1]):
+    x = torch.zeros_like(y)
+    for known in settled:
         found, l = scales.step_back(y, *shift_and_scale(x), *scale)  # noqa: E741
-        known = ~(adjacency & ~known).any(1)
         x = torch.where(known, found, 0)  # what was found of unknown features may be infinite
     return x, -l.sum(-1)
 
@@ -273,21 +299,28 @@ class _Sorted(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, weights: Sequence[Tensor], stairs: Tensor, residual: bool) -> _Sorted:
-        features, hidden = x.shape[-1], len(weights) - 1
         levels = network.widths(x, weights)
-        orders, prefixes = masks.parts(stairs, levels)
-        orders = [order.long() for order in orders]
+
+        def plan() -> tuple[list[Tensor], list[Tensor], list[list[int]]]:
+            """By level, the order of the units, what they see in it, and the ends."""
+            orders, prefixes = masks.parts(stairs, levels)
+            orders = [order.long() for order in orders]
+            seen = [
+                mask[order][:, below]
+                for mask, order, below in zip(layout(stairs, levels).masks, orders[1:], orders)
+            ]
+            ends = [[*range(levels[0] + 1), levels[0]]]
+            for known in network.known_units(prefixes, levels[0], residual)[1:]:
+                ends.append([0, *known.tolist()])
+            ends.append([2 * stage for stage in ends[0]])
+            return orders, seen, ends
+
+        orders, seen, ends = remembered(plan, (stairs,), (*levels, residual)) or plan()
         taken = [
-            torch.where(mask, weight, 0)[order][:, below]
-            for weight, mask, order, below in zip(
-                weights, masks.masks(stairs, levels), orders[1:], orders
-            )
+            torch.where(mask, weight[order][:, below], 0)
+            for weight, mask, order, below in zip(weights, seen, orders[1:], orders)
         ]
-        ends = [[*range(features + 1), features]]
-        for known in network.known_units(prefixes, features, residual)[1:]:
-            ends.append([0, *known.tolist()])
-        ends.append([2 * stage for stage in ends[0]])
-        return cls(features, hidden, orders, [None, *taken], ends)
+        return cls(levels[0], len(weights) - 1, orders, [None, *taken], ends)
 
     def blocks(self) -> list[range]:
         """Stages 0 .. D in blocks; the last one computes units that see all features."""
@@ -335,10 +368,13 @@ def _columns(tensor: Tensor, columns: slice) -> Tensor:
 
 
 def _by_feature(
-    outputs: Tensor, stairs: Tensor | Sequence[Tensor], features: int
+    outputs: Tensor, stairs: Tensor | Sequence[Tensor], widths: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """The shifts and raw scales (B, D) of the features from the network's outputs (B, 2 D)."""
-    rows = _output_rows(stairs, features)
+    if layout(stairs, widths).interleaved:
+        m, a = outputs.unflatten(-1, (-1, 2)).unbind(-1)
+        return m, a
+    rows = output_rows(stairs, widths[0])
     # not index_select: what torch.compile makes of its backward reads out of bounds on CPUs
     m, a = (outputs.gather(-1, row.expand(*outputs.shape[:-1], -1)) for row in rows.unbind(-1))
     return m, a
@@ -346,13 +382,5 @@ def _by_feature(
 
 def _to_outputs(dm: Tensor, da: Tensor, stairs: Tensor) -> Tensor:
     """The cotangent of the outputs (B, 2 D) from those of shifts and raw scales."""
-    rows = _output_rows(stairs, dm.shape[-1]).T.flatten()
+    rows = output_rows(stairs, dm.shape[-1]).T.flatten()
     return torch.cat([dm, da], -1).index_select(-1, rows.argsort())
-
-
-def _output_rows(stairs: Tensor | Sequence[Tensor], features: int) -> Tensor:
-    """The rows (D, 2) of shift and raw scale in the last layer, for the features as they are."""
-    if not isinstance(stairs, Tensor):
-        return torch.arange(2 * features, device=stairs[0].device).view(features, 2)
-    pairs = stairs[-4 * features : -2 * features].long().view(features, 2)
-    return pairs[stairs[:features].long().argsort()]

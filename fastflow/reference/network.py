@@ -20,13 +20,14 @@ and free of data-dependent control flow, so they also answer function transforms
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as nnf
 
-from fastflow import masks
+from fastflow.reference.layout import layout
 
 LEAK = 0.01  # slope of leaky_relu
 
@@ -152,6 +153,13 @@ def reach(seen: Sequence[Tensor], residual: bool) -> Tensor:
     return found[-1].bool()
 
 
+def exactly(device: str) -> AbstractContextManager[None]:
+    """Products as kernels make them, not rounded under autocast."""
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
 def forward(
     x: Tensor,
     terms: Sequence[Tensor],
@@ -165,11 +173,11 @@ def forward(
     hidden, act = len(weights) - 1, BY_NUMBER[activation].value
     found: list[Tensor] = []
     below = x
-    for level, mask in enumerate(masks.masks(stairs, widths(x, weights)), 1):
+    for level, mask in enumerate(layout(stairs, widths(x, weights)).masks, 1):
         weight, bias = weights[level - 1], biases[level - 1]
-        p = below @ torch.where(mask, weight, 0).mT
-        if bias.shape != (0,):
-            p = p + bias
+        bias = None if bias.shape == (0,) else bias
+        with exactly(x.device.type):
+            p = nnf.linear(below, torch.where(mask, weight, 0), bias)
         if terms and terms[level - 1].shape != (0,):
             p = p + terms[level - 1]
         if skips(level, hidden, residual):
@@ -200,7 +208,7 @@ def backward(
     hidden, act = len(weights) - 1, BY_NUMBER[activation]
     found = [*pre_activations, d_outputs]
     d_above = d_outputs
-    layers = list(zip(weights, masks.masks(stairs, widths(x, weights))))
+    layers = list(zip(weights, layout(stairs, widths(x, weights)).masks))
     for level in range(hidden, 0, -1):
         weight, mask = layers[level]
         dp = d_above @ torch.where(mask, weight, 0)
@@ -236,7 +244,7 @@ def parameter_grads(
     levels = [x.shape[-1], *(cotangent.shape[-1] for cotangent in cotangents)]
     d_weights, d_biases = [], []
     below = x
-    for level, (dp, mask) in enumerate(zip(cotangents, masks.masks(stairs, levels)), 1):
+    for level, (dp, mask) in enumerate(zip(cotangents, layout(stairs, levels).masks), 1):
         d_weights.append(torch.where(mask, dp.mT @ below, 0))
         d_biases.append(dp.sum(0) if biases_given >> (level - 1) & 1 else dp.new_empty(0))
         if level <= hidden:

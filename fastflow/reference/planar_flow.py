@@ -186,19 +186,19 @@ def run_chain(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Either direction of the chain: (out (B, D), ladj (B,), a (B, K))."""
     step = step_parameters(w, u, centred)
-    sigma = -1 if inverse else 1
-    ladj = torch.zeros_like(z[..., 0])
+    sigma, steps = -1 if inverse else 1, w.shape[-2]
+    if not steps:
+        return z, torch.zeros_like(z[..., 0]), z[..., :0]
     visited = []
-    for k in visiting_order(w.shape[-2], inverse):
+    for k in visiting_order(steps, inverse):
         r = (w[..., k, :] * z).sum(-1) + b[..., k]
-        s1, s, x = (field[..., k] for field in (step.s1, step.s, step.x))
+        s1, s = step.s1[..., k], step.s[..., k]
         a = solve_step_differentiable(r, s1, s) if inverse else r
         z = z + sigma * step.u_hat[..., k, :] * torch.tanh(a)[..., None]
-        ladj = ladj + sigma * step_ladj(a, s1, s, x)
         visited.append(a)
-    if not visited:
-        return z, ladj, ladj[..., None][..., :0]
-    return z, ladj, torch.stack(visited[:: -1 if inverse else 1], -1)
+    a = torch.stack(visited[:: -1 if inverse else 1], -1)
+    # of all steps at once: many small operations, as its formula has, cost more than the numbers
+    return z, sigma * step_ladj(a, step.s1, step.s, step.x).sum(-1), a
 
 
 def run_chain_backward(
@@ -217,9 +217,11 @@ def run_chain_backward(
     sigma = -1 if inverse else 1
     shared = w.dim() == 2
 
+    # of all steps at once, as in `run_chain`
+    tanh, sech, of_ladj = torch.tanh(a), sech2(a), step_ladj_grads(a, step)
     states = [z]  # x_i, the state before step i
     for k in order[:-1]:
-        states.append(states[-1] + sigma * step.u_hat[..., k, :] * torch.tanh(a[..., k, None]))
+        states.append(states[-1] + sigma * step.u_hat[..., k, :] * tanh[..., k, None])
 
     def total(per_row: Tensor) -> Tensor:
         return per_row.sum(0) if shared else per_row
@@ -228,14 +230,12 @@ def run_chain_backward(
     visited = []
     for k in reversed(order):
         x = states.pop()
-        rest = (field[..., k] for field in step[:-1])
-        now = StepParameters(*rest, step.u_hat[..., k, :])  # pyright: ignore[reportCallIssue]
-        t, q = torch.tanh(a[..., k]), sech2(a[..., k])
-        dladj_da, dladj_dp, det = step_ladj_grads(a[..., k], now)
-        h = (now.u_hat * g).sum(-1)
+        t, q = tanh[..., k], sech[..., k]
+        dladj_da, dladj_dp, det = (field[..., k] for field in of_ladj)
+        h = (step.u_hat[..., k, :] * g).sum(-1)
         if inverse:
             gamma = (g_ladj * dladj_da - q * h) / det.clamp(min=torch.finfo(det.dtype).tiny)
-            dp_row = g_ladj * dladj_dp - now.ds * t * gamma
+            dp_row = g_ladj * dladj_dp - step.ds[..., k] * t * gamma
         else:
             gamma = g_ladj * dladj_da + q * h
             dp_row = g_ladj * dladj_dp

@@ -55,7 +55,7 @@ def step(x: Tensor, m: Tensor, a: Tensor, scale: int, c0: float, c1: float) -> t
     s = torch.exp(l)
     if scale == GATE:
         return s * x + torch.sigmoid(-a - c0) * m, l
-    return s * x + m, l
+    return torch.addcmul(m, s, x), l
 
 
 def step_back(
