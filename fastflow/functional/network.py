@@ -64,8 +64,9 @@ def run(
     known = plain and (stairs.is_cpu or known_dependence(weights, stairs, setting[1], affine))
     network, term = (op, x, weights, biases, stairs, setting), None
     alone = affine and not terms and _is_alone(x, weights)
-    if known and alone:
+    if alone and plain and known_dependence(weights, stairs, setting[1], affine):
         return _of_one_feature(*network, activation)
+    known = known and not alone
     if known and (outputs := _quickly(*network, terms)) is not None:
         return outputs  # most calls need nothing below
     if isinstance(terms, ContextTerm):
@@ -158,10 +159,11 @@ def _quickly(
         return context.by_node(op, x, terms, weights, biases, stairs, setting)
     network = (x, () if terms is None else terms, weights, biases, stairs)
     outputs = by_node(op, *network, setting)
-    if outputs is None and _fits(*network, setting[1], affine=len(setting) > 2):
-        x, *lists, stairs = network
-        terms, weights, biases = (_tensors(op, "", tensors, x) for tensors in lists)
-        outputs = by_autograd(op, x, terms, weights, biases, stairs, setting)
+    affine = len(setting) > 2
+    if outputs is None and _fits(*network, setting[1], affine):
+        if known_dependence(weights, stairs, setting[1], affine):
+            lists = (_filled(some, x) for some in network[1:4])
+            outputs = by_autograd(op, x, *lists, stairs, setting)
     return outputs
 
 
@@ -235,7 +237,7 @@ def _tensors(op: str, name: str, tensors: Sequence[Tensor | None]) -> list[Tenso
     return list(tensors)
 
 
-def _filled(tensors: list[Tensor | None], like: Tensor) -> list[Tensor]:
+def _filled(tensors: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
     """The tensors, with one of shape (0,) like another for each that is missing.
 
     Every one of them is new: torch.compile refuses the same tensor twice.
