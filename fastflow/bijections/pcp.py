@@ -25,7 +25,7 @@ SHARPNESS = 12.0  # times the parameters: the U_k
 GAIN = 10.0  # times the parameters: what depends on a context, where there is none
 CONTEXT_GAIN = 4.0  # times the outputs of a linear layer: the same with a context
 START_SHARPNESS = 6.0  # of the U_k: units bend within a sixth of a deviation of normal data
-START_CURVATURE = 0.05  # times sqrt(D), of the network; the quadratic has the rest of the identity
+START_CURVATURE = 0.05  # of the network, over sqrt(D); the quadratic has the rest of the identity
 START_ROWS = 256  # points and contexts over which this is averaged
 
 
