@@ -62,12 +62,19 @@ class Case:
         sizes, layers = self.sizes, len(self.sizes) - 1
         self.orders = [order(n, self.sorted and 0 < i < layers) for i, n in enumerate(sizes)]
         self.prefixes, self.masks = [], []
+        degrees = [torch.arange(1, sizes[0] + 1)]  # how many features a unit depends on
         for layer, (columns, rows) in enumerate(itertools.pairwise(sizes)):
             prefix = torch.randint(0, columns + 1, (rows,), generator=random).sort().values
-            if self.scale and layer == layers - 1:
-                prefix = prefix[::2].repeat_interleave(2)
-            if self.residual and 2 <= layer < layers - 1 and layer % 2 == 0:
+            skip = self.residual and 2 <= layer < layers - 1 and layer % 2 == 0
+            if skip:
                 self.orders[layer + 1] = self.orders[layer - 1]
+            if self.scale:  # the op refuses outputs that see their own feature
+                degree = torch.randint(0, sizes[0], (rows,), generator=random).sort().values
+                degree = degrees[layer - 1] if skip else degree
+                if layer == layers - 1:
+                    degree = torch.arange(sizes[0]).repeat_interleave(2)
+                prefix = torch.searchsorted(degrees[-1], degree, right=True)
+                degrees.append(degree)
             self.prefixes.append(prefix)
         for layer, (columns, rows) in enumerate(itertools.pairwise(sizes)):
             mask = torch.zeros(rows, columns, dtype=torch.bool)
