@@ -60,12 +60,13 @@ def run(
     setting = (NUMBERS[check_activation(op, activation)], bool(residual), *constants)
     plain = isinstance(weights, (list, tuple)) and isinstance(stairs, Tensor)
     plain = plain and not (recompute or torch.compiler.is_compiling())
-    # the node's ops for CPUs look at the stairs themselves
-    known = plain and (stairs.is_cpu or known_dependence(weights, stairs, setting[1], affine))
     network, term = (op, x, weights, biases, stairs, setting), None
     alone = affine and not terms and _is_alone(x, weights)
+    known = plain and known_dependence(weights, stairs, setting[1], affine)
     if known and alone:
         return _of_one_feature(*network, activation)
+    # the node's ops for CPUs look at the stairs themselves
+    known = known or (plain and stairs.is_cpu and not alone)
     if known and (outputs := _quickly(*network, terms)) is not None:
         return outputs  # most calls need nothing below
     if isinstance(terms, ContextTerm):
@@ -158,9 +159,11 @@ def _quickly(
         return context.by_node(op, x, terms, weights, biases, stairs, setting)
     network = (x, () if terms is None else terms, weights, biases, stairs)
     outputs = by_node(op, *network, setting)
-    if outputs is None and _fits(*network, setting[1], affine=len(setting) > 2):
+    if outputs is not None or not known_dependence(weights, stairs, setting[1], len(setting) > 2):
+        return outputs
+    if _fits(*network, setting[1], affine=len(setting) > 2):
         x, *lists, stairs = network
-        terms, weights, biases = (_tensors(op, "", tensors, x) for tensors in lists)
+        terms, weights, biases = (_filled(_tensors(op, "", some), x) for some in lists)
         outputs = by_autograd(op, x, terms, weights, biases, stairs, setting)
     return outputs
 
