@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 import fastflow
 from fastflow import backends, functional, masks
 from fastflow.autograd import masked, node
-from fastflow.convert import Unsupported, choice
+from fastflow.convert import Unsupported
 from fastflow.reference import layout
 
 
@@ -259,44 +258,3 @@ def test_the_library_answers_where_no_backend_serves(
                 assert torch.equal(one, other)
             else:
                 torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_library_answers_what_kernels_are_slower_at(
-    monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    table = (choice.Slower(gradients=True, weights=1, rows=range(3, 10)),)
-    torch.manual_seed(0)
-    original = libraries()[name](4)
-    layer = copy.deepcopy(original)
-    fastflow.convert(layer, strict=True)
-    calls = []
-    for library in ("made", "zuko", "pyro"):
-        module = importlib.import_module(f"fastflow.convert.{library}")
-        monkeypatch.setattr(module, "autoregressive", spy(calls, module.autoregressive))
-    monkeypatch.setattr(choice, "SLOWER", table)
-    ordered = name == "pyro"
-    for rows, taken in ((2, True), (3, ordered), (9, ordered), (10, True)):
-        x = torch.randn(rows, 4)
-        calls.clear()
-        found = gradients_where_used(layer, name, x, inverse=False)
-        assert bool(calls) == taken
-        if not taken:
-            wanted = gradients_where_used(original, name, x, inverse=False)
-            assert all(map(torch.equal, found, wanted))
-    calls.clear()
-    with torch.no_grad():  # of which the table does not speak
-        both(name, layer, torch.randn(5, 4), inverse=False)
-    assert calls
-    calls.clear()
-    with fastflow.use_backend("cpp"):
-        both(name, layer, torch.randn(5, 4), inverse=False)
-    assert calls
-
-
-def spy(calls: list, function: Callable) -> Callable:
-    def spied(*args: object, **kwargs: object) -> object:
-        calls.append(args)
-        return function(*args, **kwargs)
-
-    return spied

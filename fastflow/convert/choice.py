@@ -5,32 +5,9 @@ Without a compiled backend that is the parallel direction, and D passes where ea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
-import torch
 from torch import Tensor, nn
 
 from fastflow import backends
-
-
-class Slower(NamedTuple):
-    """Calls that take kernels longer than the library, where hidden units are not in order.
-
-    Kernels copy such weights into order at every call, which few rows do not pay for.
-    """
-
-    gradients: bool  # whether they are recorded
-    weights: int  # of all layers together, at least
-    rows: range
-
-
-SLOWER = (
-    Slower(gradients=False, weights=2**21, rows=range(1, 33)),
-    Slower(gradients=True, weights=2**22, rows=range(32, 129)),
-    Slower(gradients=True, weights=2**23, rows=range(1, 129)),
-)
-"""Measured on two quiet CPU cores, float32, on nflows' layer with three hidden layers."""
 
 
 def no_kernel(op: str, x: Tensor) -> bool:
@@ -39,26 +16,6 @@ def no_kernel(op: str, x: Tensor) -> bool:
     What `use_backend` asks for is always done.
     """
     return backends.uncompiled(op, x.device.type)
-
-
-def few_rows(x: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Whether a call is in the table of what takes kernels longer than the library.
-
-    Arguments:
-        x: points, (*batch, D).
-        weights: of all layers, (n_l, n_{l-1}).
-    """
-    size = sum(weight.numel() for weight in weights)
-    if not SLOWER or size < min(case.weights for case in SLOWER):
-        return False
-    if backends.current() is not None or torch.compiler.is_compiling() or not x.is_cpu:
-        return False
-    gradients = torch.is_grad_enabled() and any(one.requires_grad for one in (x, *weights))
-    rows = x.shape[:-1].numel()
-    return any(
-        case.gradients == gradients and size >= case.weights and rows in case.rows
-        for case in SLOWER
-    )
 
 
 def left_alone(op: str, layer: nn.Module) -> str | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastflow.autograd.masked import passes_are_cheap
-from fastflow.convert.choice import few_rows, no_kernel
+from fastflow.convert.choice import no_kernel
 from fastflow.inner import Watched, global_hooks, inside, own_method, plain
 from fastflow.memo import tensors
 from fastflow.notices import warn
@@ -87,8 +87,6 @@ class MaskedLayer(Converted):
     _watched: tuple[Watched, list[nn.Module]] | None
     """The network as it was last found plain, and the masked layers; no copy has it."""
     op = "autoregressive_forward"
-    ordered: ClassVar[bool] = False
-    """Whether the library sorts hidden units by degree."""
     _stairs: Tensor | list[Tensor] | None
     _sources: list[tuple[Tensor, float]]
 
@@ -179,11 +177,9 @@ class MaskedLayer(Converted):
             network: as ops take it; None where they cannot.
             inverse: of the direction that is not parallel.
         """
-        if network is None:
-            return True
-        if inverse:
-            return no_kernel(self.op, x) and passes_are_cheap(x, network["weights"])
-        return not self.ordered and few_rows(x, network["weights"])
+        if network is None or not inverse:
+            return network is None
+        return no_kernel(self.op, x) and passes_are_cheap(x, network["weights"])
 
     def refresh(self) -> None:
         """Makes the staircase anew if the masks are others, for compiled calls."""

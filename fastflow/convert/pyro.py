@@ -70,7 +70,6 @@ class MaskedNetwork(JoinedLayer):
 
     context_first = True
     interleaved = False
-    ordered = True
     kind: type[networks.ConditionalAutoRegressiveNN]
     """The exact class of the network."""
     place: str
