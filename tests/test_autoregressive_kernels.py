@@ -96,7 +96,7 @@ def test_residual(layers: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("sizes", [(1, 2), (1, 9, 2), (7, 30, 25, 14), (150, 70, 300)], ids=str)
 @pytest.mark.parametrize("scale", SCALES)
 def test_scale_maps(scale: str, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
-    assert_agrees(Case(75, sizes, scale=scale, dtype=dtype))
+    assert_agrees(Case(75, sizes, scale=scale, dtype=dtype, seed=1))
 
 
 @pytest.mark.parametrize("scale", [None, "gate"])

@@ -271,6 +271,26 @@ def test_batches_broadcast_and_types_stay(inverse: bool) -> None:
     assert y.dtype == torch.bfloat16 and ladj.dtype == torch.float32
 
 
+@pytest.mark.parametrize("types", [(32, 64), (64, 32), (64, 64), (16, 32)], ids=str)
+@pytest.mark.parametrize("tool", ["hook", "prune", "spectral_norm", "half, parametrization"])
+@pytest.mark.parametrize("kind", ["masked", "planar", "pcp"])
+def test_types_are_promoted_by_the_one_rule(
+    kind: str, tool: str, types: tuple[int, int], inverse: bool
+) -> None:
+    torch.manual_seed(0)
+    layer = {
+        "masked": lambda: fastflow.MaskedAffineAutoregressive(D, (8,), C),
+        "planar": lambda: fastflow.ConditionalPlanarFlow(D, C, steps=2, hidden_features=(8,)),
+        "pcp": lambda: fastflow.PCPMap(D, C, hidden_features=(8,)),
+    }[kind]()
+    inside = linears(layer)[0]
+    TOOLS[tool](inside) if tool in TOOLS else inside.register_forward_hook(lambda *_: None)
+    names = {16: torch.bfloat16, 32: torch.float32, 64: torch.float64}
+    x, context = torch.randn(5, D).to(names[types[0]]), torch.randn(5, C).to(names[types[1]])
+    y, ladj = (layer.inverse if inverse else layer)(x, context)
+    assert y.dtype == ladj.dtype == names[max(32, *types)]
+
+
 def quantized(layer: nn.Module) -> nn.Module:
     if not hasattr(torch.ao.quantization, "quantize_dynamic"):
         pytest.skip("this torch has no quantize_dynamic")
@@ -439,7 +459,7 @@ def test_what_a_parametrization_adds_is_masked() -> None:
         def forward(self, weight: Tensor) -> Tensor:
             return weight + 1
 
-    flow = fastflow.MaskedAffineAutoregressive(D, (8, 8)).double()
+    flow = fastflow.MaskedAffineAutoregressive(D, (8, 8), activation="tanh").double()
     for linear in flow.network.layers:
         parametrize.register_parametrization(linear, "weight", Shifted())
     x = torch.randn(D, dtype=torch.float64)

@@ -538,3 +538,18 @@ def test_draws_parameters_anew() -> None:
 def test_bad_arguments_are_named(make: object, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize("context_features", [0, 2])
+def test_state_dicts_of_version_1_hold_parameters_without_constants(context_features: int) -> None:
+    layer = PCPMap(3, context_features, hidden_features=(8, 8)).double()
+    state, gain = layer.state_dict(), CONTEXT_GAIN if context_features else GAIN
+    for name in state:
+        if not name.startswith("weights"):
+            state[name] = state[name] * (SHARPNESS if name.startswith("inputs") else gain)
+    state._metadata[""]["version"] = 1
+    other = copy.deepcopy(layer)
+    other.reset_parameters()
+    other.load_state_dict(state)
+    for one, two in zip(other.parameters(), layer.parameters()):
+        torch.testing.assert_close(one, two)

@@ -132,6 +132,8 @@ class MaskedAffineAutoregressive(Bijection):
         """Either direction by calls of the network with its hooks; the inverse takes D of them."""
         made = self.network
         dtype = torch.promote_types(points.dtype, next(made.parameters()).dtype)
+        if context is not None:
+            dtype = torch.promote_types(dtype, context.dtype)
         compute = torch.promote_types(dtype, torch.float32)
         setting = (self.scale.number, *map(float, self.scale.constants))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastflow import masks
@@ -188,6 +189,8 @@ class MADE(Arranged):
         """The outputs (*batch, D P) by calls of all modules inside, with their hooks."""
         hidden, act = len(self.layers) - 1, ACTIVATIONS[self.activation].value
         found: list[Tensor] = []
+        if context is not None:
+            x = x.to(torch.promote_types(x.dtype, context.dtype))
         for level, (layer, mask) in enumerate(zip(self.layers, self.masks()), 1):
             p = call_masked(layer, mask, x)
             if level == 1 and self.context_layer is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -146,6 +147,19 @@ class PCPMap(Bijection):
         shift.copy_(-share * bias / gain)
         rest = (1 - share * bend).clamp(min=0.5)
         curvature.copy_(inverse_softplus(rest - LEAST_CURVATURE) / gain)
+
+    _version = 2  # of state dicts; in those of version 1 parameters are not divided by constants
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, local_metadata: dict, *args: Any
+    ) -> None:
+        if local_metadata.get("version") == 1:
+            gain = CONTEXT_GAIN if self.context_features else GAIN
+            for name, divisor in (("inputs.", SHARPNESS), ("terms.", gain)):
+                for key in state_dict:
+                    if key.startswith(prefix + name):
+                        state_dict[key] = state_dict[key] / divisor
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def _averages(self) -> tuple[Tensor, Tensor]:
         """The network's own gradient and curvature of each feature, (D,) both: their means over

@@ -172,6 +172,8 @@ class ConditionalPlanarFlow(Bijection):
         compute, own = torch.promote_types(dtype, torch.float32), self._type(context)
         if context.dtype == own == compute:
             made = self.network(context)
+        elif any(one.is_floating_point() for one in self.network.buffers()):
+            made = self.network(context.to(own)).to(compute)  # hooks may refuse a mix
         else:
             cast = {name: one.to(compute) for name, one in self.network.named_parameters()}
             made = torch.func.functional_call(self.network, cast, context.to(compute))

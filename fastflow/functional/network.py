@@ -60,13 +60,13 @@ def run(
     setting = (NUMBERS[check_activation(op, activation)], bool(residual), *constants)
     plain = isinstance(weights, (list, tuple)) and isinstance(stairs, Tensor)
     plain = plain and not (recompute or torch.compiler.is_compiling())
-    # the node's ops for CPUs look at the stairs themselves
-    known = plain and (stairs.is_cpu or known_dependence(weights, stairs, setting[1], affine))
     network, term = (op, x, weights, biases, stairs, setting), None
     alone = affine and not terms and _is_alone(x, weights)
-    if alone and plain and known_dependence(weights, stairs, setting[1], affine):
+    # the node's ops for CPUs look at the stairs themselves
+    known = plain and stairs.is_cpu and not alone
+    known = known or (plain and known_dependence(weights, stairs, setting[1], affine))
+    if known and alone:
         return _of_one_feature(*network, activation)
-    known = known and not alone
     if known and (outputs := _quickly(*network, terms)) is not None:
         return outputs  # most calls need nothing below
     if isinstance(terms, ContextTerm):
