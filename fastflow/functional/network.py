@@ -160,7 +160,7 @@ def _quickly(
     outputs = by_node(op, *network, setting)
     if outputs is None and _fits(*network, setting[1], affine=len(setting) > 2):
         x, *lists, stairs = network
-        terms, weights, biases = (_tensors(op, "", tensors, x) for tensors in lists)
+        terms, weights, biases = (_filled(tensors, x) for tensors in lists)
         outputs = by_autograd(op, x, terms, weights, biases, stairs, setting)
     return outputs
 
@@ -235,7 +235,7 @@ def _tensors(op: str, name: str, tensors: Sequence[Tensor | None]) -> list[Tenso
     return list(tensors)
 
 
-def _filled(tensors: list[Tensor | None], like: Tensor) -> list[Tensor]:
+def _filled(tensors: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
     """The tensors, with one of shape (0,) like another for each that is missing.
 
     Every one of them is new: torch.compile refuses the same tensor twice.
