@@ -153,7 +153,7 @@ def current_or_reference(op: str) -> str | None:
     return _chosen if _known[key] else "reference"
 
 
-def call(op: str, *args: Any, name: str | None) -> tuple[Tensor, ...]:
+def call(op: str, *args: Any, name: str | None) -> tuple[Any, ...]:
     """Compute an op, from inside the autograd Function that knows its derivative.
 
     Arguments:

@@ -141,7 +141,7 @@ class FlowDistribution(Distribution):
         ValueError: it has not C features, or holds NaN.
     """
 
-    support = constraints.real_vector
+    support = constraints.real_vector  # pyright: ignore[reportAssignmentType]
 
     def __init__(
         self, flow: Flow, context: Tensor | None = None, validate_args: bool | None = None
@@ -199,7 +199,7 @@ class FlowDistribution(Distribution):
         self, batch_shape: Sequence[int], _instance: FlowDistribution | None = None
     ) -> FlowDistribution:
         """The same flow for a larger batch; the context is expanded, not copied."""
-        new = self._get_checked_instance(FlowDistribution, _instance)
+        new: FlowDistribution = self._get_checked_instance(FlowDistribution, _instance)  # pyright: ignore[reportAssignmentType]
         batch = torch.Size(as_shape(type(self).__name__, "batch_shape", batch_shape))
         context = self.context
         if context is not None:

@@ -69,13 +69,14 @@ class Flow(nn.Module):
         (torch.Size([5, 2]), torch.Size([5]))
     """
 
+    _anchor: Tensor
     _base_takes_context = _base_needs_context = False
 
     def __init__(self, bijection: Bijection, base: Distribution | nn.Module | None = None) -> None:
         super().__init__()
         check_bijection("Flow", "bijection", bijection)
         self.bijection = bijection
-        self._base: Distribution | nn.Module | None = None
+        self._base: Distribution | None = None
         self.base_module: nn.Module | None = None
         self._take_base(base)
         # carries the device and dtype of the standard normal through .to(), quicker than a search
@@ -333,10 +334,9 @@ class Flow(nn.Module):
                 return self._without_lost(lost, z, ladj, context)
             # once more without the lost rows: zero cotangents times infinities would be NaN
             kept = ~lost
-            x, context = (
-                None if one is None else one.expand(*lost.shape, one.shape[-1])[kept]
-                for one in (x, context)
-            )
+            x = x.expand(*lost.shape, x.shape[-1])[kept]
+            if context is not None:
+                context = context.expand(*lost.shape, context.shape[-1])[kept]
             z, ladj = self.bijection.inverse(x, self._for_bijection(context))
             # of no rows some distributions have no density
             some = z.sum(-1) if not len(z) else self.base_log_prob(z, context)

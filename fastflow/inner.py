@@ -8,10 +8,10 @@ place of a module or of its `forward`, must act as they do in any other module.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,9 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 try:
-    from torch.nn.modules.module import _has_any_global_hook as global_hooks
+    from torch.nn.modules.module import (
+        _has_any_global_hook as global_hooks,  # pyright: ignore[reportAssignmentType]
+    )
 except ImportError:  # a private name: without it every module is called
 
     def global_hooks() -> bool:
@@ -34,6 +36,22 @@ WEIGHT_HOOKS = (SpectralNorm, WeightNorm, BasePruningMethod)
 """Forward pre-hooks that compute a weight, or a bias, whatever the input is."""
 
 _masking = threading.RLock()
+
+if TYPE_CHECKING:
+    M = TypeVar("M", bound=nn.Module)
+
+    class ModuleList(nn.ModuleList, Generic[M]):
+        """`nn.ModuleList`, of modules of one class."""
+
+        def __init__(self, modules: Iterable[M] | None = None) -> None: ...
+        def __iter__(self) -> Iterator[M]: ...
+        @overload
+        def __getitem__(self, idx: int) -> M: ...
+        @overload
+        def __getitem__(self, idx: slice) -> ModuleList[M]: ...
+        def __getitem__(self, idx: Any) -> Any: ...
+else:
+    ModuleList = nn.ModuleList
 
 
 def plain(module: nn.Module) -> bool:
@@ -59,9 +77,9 @@ def own_method(module: nn.Module, name: str) -> bool:
     return value.__func__ is getattr(type(module), name, None)
 
 
-def inside(root: nn.Module) -> list[nn.Module | None]:
+def inside(root: nn.Module | None) -> list[nn.Module | None]:
     """A module and all those inside it, level after level."""
-    modules = [root]
+    modules: list[nn.Module | None] = [root]
     for module in modules:  # which grows
         if module is not None:
             modules += module._modules.values()
@@ -147,7 +165,8 @@ def settled_tensors(
     for layer in layers:
         for hook in layer._forward_pre_hooks.values():
             hook(layer, ())
-    return [layer.weight for layer in layers], [layer.bias for layer in layers]
+    linear: Sequence[Any] = layers
+    return [layer.weight for layer in linear], [layer.bias for layer in linear]
 
 
 def call_masked(layer: nn.Linear, mask: Tensor, x: Tensor) -> Tensor:

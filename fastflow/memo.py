@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
+from typing import Literal, overload
 
 from torch import Tensor, nn
 
@@ -37,7 +38,11 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
     return [tensor for tensor in found if tensor is not None]
 
 
-def tensors(modules: Sequence[nn.Module], name: str) -> list[Tensor | None]:
+@overload
+def tensors(modules: Sequence[nn.Module], name: Literal["weight", "mask"]) -> list[Tensor]: ...
+@overload
+def tensors(modules: Sequence[nn.Module], name: str) -> list[Tensor | None]: ...
+def tensors(modules: Sequence[nn.Module], name: str) -> Sequence[Tensor | None]:
     """The weight, bias or other tensor of this name of every module, as it is now."""
     # past __getattr__ of modules, which in a small model takes longer than the network
     kept = "_parameters" if name in modules[0]._parameters else "_buffers"

@@ -75,10 +75,10 @@ class Softplus(Scale):
 
     @property
     def constants(self) -> tuple[float, float]:
-        return self.offset, self.minimum
+        return self.offset, self.minimum  # pyright: ignore[reportReturnType]  # it is never None
 
     def start(self, depth: int) -> float:
-        return math.log(math.expm1(1 - self.minimum)) - self.offset
+        return math.log(math.expm1(1 - self.minimum)) - self.constants[0]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +64,7 @@ class ContextTerm(NamedTuple):
     def of(cls, layer: nn.Linear, context: Tensor, activated: bool = False) -> ContextTerm:
         """What a `plain_linear` layer makes of a context."""
         own = layer._parameters
-        return cls(context, own["weight"], own["bias"], activated)
+        return cls(context, own["weight"], own["bias"], activated)  # pyright: ignore[reportArgumentType]
 
     def computed(
         self, activation: int, layers: int, dtype: torch.dtype | None = None
@@ -82,7 +82,7 @@ class ContextTerm(NamedTuple):
         return [first, *[None] * (layers - 1)]
 
 
-def plain_linear(layer: nn.Module) -> bool:
+def plain_linear(layer: nn.Module | None) -> TypeGuard[nn.Linear]:
     """Whether a call of the layer computes V c + v and nothing else, so that it need not be made.
 
     Not so with hooks, subclasses and parametrizations, nor where a graph shall show the layer, nor
@@ -131,7 +131,7 @@ def _gradients(
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
         # aliases: a weight computed from x must not bring its own gradient to that of x
-        aliases = [
+        aliases: list[Any] = [
             [tensor.view_as(tensor) for tensor in argument]
             if isinstance(argument, list)
             else argument.view_as(argument)
@@ -156,7 +156,7 @@ def _gradients(
     return [next(grads) if want else None for want in wanted]
 
 
-_calls = {
+_calls: dict[str, Any] = {
     name: node.define(
         *(op.forward, op.backward, "Bn BC HC * * [nn'] [n]? * * * * * * *"),
         partial(_gradients, reference=op.reference),

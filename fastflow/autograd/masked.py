@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from fastflow import backends
 from fastflow.autograd import node
@@ -33,7 +32,7 @@ class Op(NamedTuple):
     forward: str
     backward: str
     reference: Callable[..., tuple[Tensor, ...]]
-    parallel: str | None  # the pass that computes `saved` from the network's input
+    parallel: str  # the pass that computes `saved` from the network's input
     setting: str  # a star for every number and flag, as the node counts arguments
     inverse: bool = False
 
@@ -67,7 +66,7 @@ class MaskedNetwork(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, name: str, setting: tuple, layers: int, recompute: bool, *tensors: Tensor
+        ctx: Any, name: str, setting: tuple, layers: int, recompute: bool, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         op, backend = OPS[name], backends.current()
         *outputs, saved = backends.call(
@@ -81,7 +80,7 @@ class MaskedNetwork(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[4:]
         # hooks on saved tensors may return other strides than they were given
         tensors = [tensor.contiguous() for tensor in ctx.saved_tensors]
@@ -93,7 +92,7 @@ class MaskedNetwork(torch.autograd.Function):
 
 
 def gradients(
-    arguments: tuple[Tensor | Tensors | float, ...],
+    arguments: tuple[Any, ...],
     outputs: tuple[Tensor | None, ...],
     cotangents: tuple[Tensor, ...],
     wanted: Sequence[bool],
@@ -138,7 +137,7 @@ def gradients(
 
 def differentiable_vjp(
     op: Op,
-    arguments: tuple[Tensor | Tensors | float, ...],
+    arguments: tuple[Any, ...],
     cotangents: tuple[Tensor, ...],
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
@@ -173,9 +172,9 @@ for name, op in OPS.items():
 def by_node(
     name: str,
     x: Tensor,
-    terms: Tensors,
+    terms: Sequence[Tensor | None],
     weights: Tensors,
-    biases: Tensors,
+    biases: Sequence[Tensor | None],
     stairs: Tensor,
     setting: tuple,
 ) -> tuple[Tensor, ...] | None:
@@ -256,8 +255,10 @@ def masked_network(
         or (torch.compiler.is_compiling() and not backends.traceable(op.forward, x))
     ):
         return op.reference(*network, *setting, False)[:-1]
-    if not recompute and (outputs := by_autograd(name, *network, setting)) is not None:
-        return outputs
+    if not recompute:
+        outputs = by_autograd(name, x, terms, weights, biases, stairs, setting)
+        if outputs is not None:
+            return outputs
     if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
         return tuple(
             backends.call(op.forward, *network, *setting, False, name=backends.current())[:-1]

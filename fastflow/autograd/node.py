@@ -14,6 +14,7 @@ import sysconfig
 from collections.abc import Callable
 from importlib.machinery import ExtensionFileLoader
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ library: Path | None = None  # the file in use
 reason: str | None = None  # why there is none
 enabled = False  # whether `run` may use it
 _define: Callable[..., Callable] | None = None
-_ops: dict[str, Callable[..., tuple[Tensor, ...] | None]] = {}
+_ops: dict[str, Callable[..., tuple[Any, ...] | None]] = {}
 
 
 def define(
@@ -56,7 +57,7 @@ def define(
     return _ops.get(forward)
 
 
-def run(op: str, *args: object) -> tuple[Tensor, ...] | None:
+def run(op: str, *args: object) -> tuple[Any, ...] | None:
     """The outputs of an op, with their history; None if this call is for the Python path.
 
     That is so under torch.compile, modes and transforms, with subclasses and forward-mode tangents,
@@ -96,7 +97,7 @@ def _load() -> None:
         loader = ExtensionFileLoader(f"fastflow.{STEM}", str(file))
         spec = importlib.util.spec_from_loader(loader.name, loader)
         try:
-            module = importlib.util.module_from_spec(spec)
+            module = importlib.util.module_from_spec(spec)  # pyright: ignore[reportArgumentType]
             loader.exec_module(module)
         except ImportError as problem:
             reason = f"{file.name} does not load: {problem}".split("\n")[0]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from fastflow import backends
 from fastflow.reference import pcp_inverse, pcp_potential
@@ -35,7 +35,7 @@ class GradientMap(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, inverse: bool, layers: int, point: Tensor, *tensors: Tensor
+        ctx: Any, inverse: bool, layers: int, point: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, Tensor]:
         backend = backends.current_or_reference(FORWARD[inverse])
         image, ladj, saved = backends.call(
@@ -47,7 +47,7 @@ class GradientMap(torch.autograd.Function):
         return image, ladj
 
     @staticmethod
-    def backward(ctx: FunctionCtx, d_image: Tensor, dladj: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_image: Tensor, dladj: Tensor) -> tuple[Tensor | None, ...]:
         point, *kept = ctx.saved_tensors
         tensors, (image, *saved) = kept[: ctx.tensors], kept[ctx.tensors :]
         # hooks on saved tensors may return other strides than they were given
@@ -76,7 +76,7 @@ def differentiable_vjp(
     tensors: Sequence[Tensor],
     cotangents: tuple[Tensor, Tensor],
     wanted: Sequence[bool],
-    ctx: FunctionCtx,
+    ctx: Any,
 ) -> list[Tensor | None]:
     """The backward pass by PyTorch, as a graph of its own where derivatives are recorded."""
     recorded = torch.is_grad_enabled()

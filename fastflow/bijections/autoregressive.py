@@ -135,9 +135,10 @@ class MaskedAffineAutoregressive(Bijection):
         if context is not None:
             dtype = torch.promote_types(dtype, context.dtype)
         compute = torch.promote_types(dtype, torch.float32)
-        setting = (self.scale.number, *map(float, self.scale.constants))
+        c0, c1 = self.scale.constants
+        setting = self.scale.number, float(c0), float(c1)
 
-        def shift_and_scale(x: Tensor) -> tuple[Tensor, ...]:
+        def shift_and_scale(x: Tensor) -> tuple[Tensor, Tensor]:
             return made(x.to(dtype), context).to(compute).unbind(-1)
 
         points = points.to(compute)

@@ -111,7 +111,7 @@ def check_bijection(owner: str, name: str, value: Bijection) -> None:
         raise TypeError(f"{owner}: {name}, a {kind}, must have an integer attribute `features`")
 
 
-def check_features(owner: str, name: str, tensor: Tensor, features: int) -> None:
+def check_features(owner: str, name: str, tensor: Tensor | None, features: int) -> None:
     """Raises ValueError unless the last dimension has this size, TypeError if it is no tensor."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{owner}: {name} is a {type(tensor).__name__}, must be a torch.Tensor")

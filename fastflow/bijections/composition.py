@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastflow import masks
 from fastflow.bijections.arranged import Arranged
 from fastflow.bijections.base import Bijection, check_bijection, check_features, refuse_context
+from fastflow.inner import ModuleList
 
 
 class Chain(Bijection):
@@ -54,7 +55,7 @@ class Chain(Bijection):
                     )
                 self.context_features = bijection.context_features
         self.features = bijections[0].features
-        self.bijections = nn.ModuleList(bijections)
+        self.bijections = ModuleList(bijections)
 
     def __len__(self) -> int:
         return len(self.bijections)

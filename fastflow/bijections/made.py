@@ -20,7 +20,7 @@ from fastflow.bijections.base import (
 )
 from fastflow.functional.made import made
 from fastflow.functional.network import check_activation
-from fastflow.inner import call_masked, plain_tensors, settled_tensors
+from fastflow.inner import ModuleList, call_masked, plain_tensors, settled_tensors
 from fastflow.notices import warn
 from fastflow.reference.network import ACTIVATIONS, activates, reach, skips
 
@@ -73,6 +73,8 @@ class MADE(Arranged):
         torch.Size([8, 3, 2])
     """
 
+    stairs: Tensor  # where there is an order
+
     def __init__(
         self,
         features: int,
@@ -97,7 +99,7 @@ class MADE(Arranged):
             self.hidden_features, self.residual = [], False
         inner = self.hidden_features[:1] * self.residual + self.hidden_features
         widths = [self.features, *inner, self.features * self.params_per_feature]
-        self.layers = nn.ModuleList(map(nn.Linear, widths, widths[1:]))
+        self.layers = ModuleList(map(nn.Linear, widths, widths[1:]))
         self.context_layer = None
         if self.context_features:
             self.context_layer = nn.Linear(self.context_features, widths[1], bias=False)
@@ -149,7 +151,7 @@ class MADE(Arranged):
                 module in its place, or another `forward`.
         """
         # not by attribute: in a small model, modules' __getattr__ takes longer than the network
-        layers = [*self._modules["layers"]._modules.values()]
+        layers: list[Any] = [*self._modules["layers"]._modules.values()]  # pyright: ignore[reportOptionalMemberAccess]
         held = plain_tensors(layers)
         if held is None:
             prefix = "network." * (owner != "MADE")
@@ -194,7 +196,8 @@ class MADE(Arranged):
         for level, (layer, mask) in enumerate(zip(self.layers, self.masks()), 1):
             p = call_masked(layer, mask, x)
             if level == 1 and self.context_layer is not None:
-                p = p + self.context_layer(context.to(layer.weight.dtype))  # it may refuse a mix
+                dtype = layer.weight.dtype  # it may refuse a mix
+                p = p + self.context_layer(context.to(dtype))  # pyright: ignore[reportOptionalMemberAccess]
             if skips(level, hidden, self.residual):
                 p = p + found[level - 3]
             found.append(p)

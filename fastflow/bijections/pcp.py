@@ -121,14 +121,15 @@ class PCPMap(Bijection):
             matrix.normal_(0, START_SHARPNESS / SHARPNESS / math.sqrt(self.features))
         for matrix in self.weights:
             matrix.normal_()
-        biases, gain = list(self.terms), GAIN
+        terms: list[Any] = list(self.terms)
+        biases, gain = terms, GAIN
         if self.context_features:
-            biases, gain = [layer.bias for layer in self.terms], CONTEXT_GAIN
-            for layer in self.terms:
+            biases, gain = [layer.bias for layer in terms], CONTEXT_GAIN
+            for layer in terms:
                 layer.reset_parameters()
                 layer.weight.div_(gain)
                 layer.bias.div_(gain)
-            self.terms[-1].weight.mul_(0.01)
+            terms[-1].weight.mul_(0.01)
         *hidden, top = (bias.split(few) for bias, few in zip(biases, self._sizes()))
         for offset, *conditional in hidden:
             offset.normal_(0, START_SHARPNESS / gain)  # where along x the units bend
@@ -191,7 +192,7 @@ class PCPMap(Bijection):
         v = context
         for terms, sizes in zip(self.terms, self._sizes()):
             if v is None:
-                made = GAIN * terms.to(dtype)
+                made = GAIN * terms.to(dtype)  # pyright: ignore[reportOperatorIssue]
             else:
                 made = CONTEXT_GAIN * _apply(terms, v, self.inputs[0].dtype)
             made = made.split(sizes, -1)
@@ -221,7 +222,7 @@ class PCPMap(Bijection):
     def _run(
         self, name: str, points: Tensor, context: Tensor | None, inverse: bool
     ) -> tuple[Tensor, Tensor]:
-        tensors = {name: points}
+        tensors: dict[str, Any] = {name: points}
         if self.context_features:
             tensors["context"] = context
         else:

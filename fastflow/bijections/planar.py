@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -182,9 +183,7 @@ class ConditionalPlanarFlow(Bijection):
         shape = (self.steps, self.features)
         return w.unflatten(-1, shape), u.unflatten(-1, shape), b
 
-    def _run(
-        self, op: Callable, name: str, points: Tensor, context: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _run(self, op: Callable, name: str, points: Tensor, context: Any) -> tuple[Tensor, Tensor]:
         check_tensors(OWNER, **{name: points, "context": context})
         broadcast_batches(OWNER, **{name: points.shape[:-1], "context": context.shape[:-1]})
         dtype = self._type(context)

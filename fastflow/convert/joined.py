@@ -35,7 +35,9 @@ class JoinedLayer(MaskedLayer):
     def network(self, context: Tensor | None = None) -> dict[str, Any] | None:
         """The layer at a context as ops take it; None where the library's own code must answer."""
         layers = self.layers()
-        stairs = None if layers is None else self.stairs(tensors(layers, "mask"))
+        if layers is None:
+            return None
+        stairs = self.stairs(tensors(layers, "mask"))
         if stairs is None:
             return None
         weights, terms = tensors(layers, "weight"), None
@@ -68,6 +70,6 @@ class JoinedLayer(MaskedLayer):
     def _parts(self, joined: Tensor, sizes: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """The columns of the points and those of the context."""
         if not self.context_first:
-            return joined.split(sizes, 1)
+            return joined.split(sizes, 1)  # pyright: ignore[reportReturnType]
         of_context, own = joined.split(sizes[::-1], 1)
         return own, of_context

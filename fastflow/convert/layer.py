@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,14 @@ from fastflow.memo import tensors
 from fastflow.notices import warn
 from fastflow.transforms import wrapped
 
+Layer = nn.Module if TYPE_CHECKING else object  # by its library's class, each is a module
+
 
 class Unsupported(ValueError):
     """A layer, or a setting of one, that cannot be converted; the message says why."""
 
 
-class Converted:
+class Converted(Layer):
     """The face of a layer whose class was swapped: a subclass of this and of the library's class.
 
     The layer keeps its parameters, buffers, submodules, hooks and name; it computes in another way.
@@ -30,6 +32,7 @@ class Converted:
 
     derived: tuple[str, ...] = ()
     """Attributes that the layer has because it is converted."""
+    _modules: dict[str, Any]
     op: ClassVar[str]
     """The op of its parallel direction."""
 
@@ -53,7 +56,7 @@ class Converted:
     def adopt(self, layer: nn.Module) -> None:
         """Makes the layer whose twin this is a converted one."""
         layer.__dict__.update({name: self.__dict__[name] for name in self.derived})
-        layer.__class__ = type(self)
+        layer.__class__ = type(self)  # pyright: ignore[reportAttributeAccessIssue]
 
     def restore(self) -> None:
         """Makes this layer what it was."""
@@ -64,7 +67,7 @@ class Converted:
         if issubclass(original, Converted):  # a tool's class of it, as parametrizations make one
             body = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
             original = type(kind)(kind.__name__, (*others, original.__bases__[-1]), body)
-        self.__class__ = original
+        self.__class__ = original  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class MaskedLayer(Converted):
@@ -116,7 +119,7 @@ class MaskedLayer(Converted):
         modules = inside(root)
         if [*map(type, modules)] != self._kinds:
             return None
-        layers = [modules[place] for place in self._places]
+        layers: list[Any] = [modules[place] for place in self._places]
         if called and (global_hooks() or not all([m is None or plain(m) for m in modules])):
             return None
         if called and not compiling:

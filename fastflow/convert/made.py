@@ -31,24 +31,29 @@ class MadeLayer(MaskedLayer):
     made: ClassVar[ModuleType]
     """The library's module that defines MADE and its parts."""
     scale: ClassVar[Scale]
+    autoregressive_net: Any
+    _activation: str
+    _residual: bool
     methods = ("_elementwise_forward", "_elementwise_inverse", "_unconstrained_scale_and_shift")
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         network = None if no_kernel(self.op, inputs) else self.network(inputs, context)
         if self.answered(inputs, network):
             return super().forward(inputs, context)
-        return autoregressive(inputs, **network)
+        return autoregressive(inputs, **network)  # pyright: ignore[reportCallIssue]
 
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         network = self.network(inputs, context)
         if self.answered(inputs, network, inverse=True):
-            return super().inverse(inputs, context)
-        return autoregressive_inverse(inputs, **network)
+            return super().inverse(inputs, context)  # pyright: ignore[reportAttributeAccessIssue]
+        return autoregressive_inverse(inputs, **network)  # pyright: ignore[reportCallIssue]
 
     def network(self, inputs: Tensor, context: Tensor | None) -> dict[str, Any] | None:
         """The network as ops take it; None where the library's own class must answer."""
         layers = self.layers()
-        stairs = None if layers is None else self.stairs(tensors(layers, "mask"))
+        if layers is None:
+            return None
+        stairs = self.stairs(tensors(layers, "mask"))
         if stairs is None or inputs.dim() != 2:  # the library's class knows rows only
             return None
         return {
@@ -106,7 +111,7 @@ class MadeLayer(MaskedLayer):
         raise NotImplementedError(f"{type(self).__name__} has no residual")
 
 
-def _check_block(name: str, block: nn.Module, made: ModuleType) -> None:
+def _check_block(name: str, block: Any, made: ModuleType) -> None:
     if isinstance(block, made.MaskedResidualBlock):
         _check_class(name, block, made.MaskedResidualBlock)
         normalised, linear = block.use_batch_norm, list(block.linear_layers)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 from nflows.transforms import autoregressive, made
 from torch import Tensor
 
@@ -17,7 +19,7 @@ class MaskedAffineAutoregressiveTransform(
     """nflows' layer, y = softplus(a) x + 1e-3 x + m. Its parallel direction takes data to noise."""
 
     made = made
-    scale = Softplus(offset=0.0, minimum=1e-3)
+    scale: ClassVar[Softplus] = Softplus(offset=0.0, minimum=1e-3)
 
     def check(self) -> None:
         if self._epsilon != self.scale.minimum:
@@ -32,7 +34,7 @@ class MaskedAffineAutoregressiveTransform(
         layer = net._modules.get("context_layer")
         if not self._residual and plain_linear(layer):
             return ContextTerm.of(layer, context, activated=True)
-        found = [None] * layers
+        found: list[Any] = [None] * layers
         found[0] = net.activation(net.context_layer(context))
         if self._residual:
             found[1:-1:2] = [block.context_layer(context) for block in net.blocks]

@@ -15,6 +15,7 @@ Source:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -88,7 +89,7 @@ class MaskedNetwork(JoinedLayer):
     def root(self) -> nn.Module | None:
         return self._modules.get(self.place)
 
-    def find_layers(self) -> list[MaskedLinear]:
+    def find_layers(self) -> list[nn.Module]:
         return list(self.hyper.layers)
 
     def layers(self, called: bool = True) -> list[nn.Module] | None:
@@ -113,13 +114,18 @@ class MaskedNetwork(JoinedLayer):
 class AffineStep(Computed):
     """The affine transform that a masked network makes."""
 
+    op: str
+    stable: bool
+    network: Callable[..., dict[str, Any] | None]
+    answered: Callable[..., bool]
+
     def compute(self, point: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         network = None if not inverse and no_kernel(self.op, point) else self.network()
         if self.answered(point, network, inverse):
             return self._by_pyro(point, inverse)
         if not inverse:
-            return autoregressive(point, **network)
-        x, ladj = autoregressive_inverse(point, **network)
+            return autoregressive(point, **network)  # pyright: ignore[reportCallIssue]
+        x, ladj = autoregressive_inverse(point, **network)  # pyright: ignore[reportCallIssue]
         return x, -ladj
 
     def _by_pyro(self, point: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
@@ -128,7 +134,7 @@ class AffineStep(Computed):
         original.__dict__.update(self.__dict__)
         name = ("_inverse" if inverse else "_call") + "_stable" * self.stable
         image = getattr(transforms.AffineAutoregressive, name)(original, point)
-        return image, original._cached_log_scale.sum(-1)
+        return image, original._cached_log_scale.sum(-1)  # pyright: ignore[reportOptionalMemberAccess]
 
 
 class AffineAutoregressive(
@@ -155,7 +161,7 @@ class Conditional(ConditionalTransformModule):
     conditioned: type[Conditioned]
 
     def condition(self, context: Tensor) -> Conditioned:
-        transform = super().condition(context)
+        transform = super().condition(context)  # pyright: ignore[reportAbstractUsage]
         transform.__class__ = self.conditioned
         transform.__dict__.update(layer=partial(_same, self), context=context)
         return transform
@@ -168,6 +174,9 @@ class Conditioned(Computed):
         layer: gives the layer; not the layer itself, which would become a submodule.
         context: (*batch, C).
     """
+
+    layer: Callable[[], Any]
+    context: Tensor
 
 
 class ConditionedAffineAutoregressive(AffineStep, Conditioned, transforms.AffineAutoregressive):
@@ -205,12 +214,13 @@ class PlanarStep(Computed):
     """A planar transform. Unlike Pyro's it has an inverse."""
 
     op = "planar_flow_forward"
+    _params: Callable[[], tuple[Tensor, Tensor, Tensor]]
 
     def compute(self, point: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         if not inverse and no_kernel(self.op, point):
             original = object.__new__(transforms.Planar)  # of this call, of this thread
             original.__dict__.update(self.__dict__)
-            return transforms.Planar._call(original, point), original._cached_logDetJ
+            return transforms.Planar._call(original, point), original._cached_logDetJ  # pyright: ignore[reportReturnType]
         b, u, w = self._params()
         chain = (w.unsqueeze(-2), u.unsqueeze(-2), b)  # of one step
         if not inverse:

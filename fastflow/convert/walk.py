@@ -51,7 +51,7 @@ class Report:
     def __str__(self) -> str:
         if not (self.replaced or self.skipped or self.before):
             return "no layer that fastflow knows"
-        rows = [("path", "class", "replaced")]
+        rows: list[tuple[str, ...]] = [("path", "class", "replaced")]
         rows += [(row.path or "(model)", row.layer, "yes") for row in self.replaced]
         rows += [(row.path or "(model)", row.layer, "before") for row in self.before]
         rows += [(row.path or "(model)", row.layer, f"no: {row.reason}") for row in self.skipped]

@@ -45,7 +45,7 @@ class AutoregressiveTransform(transforms.AutoregressiveTransform):
     """
 
     def __init__(self, layer: MaskedAutoregressiveTransform, c: Tensor | None) -> None:
-        super().__init__(partial(layer.meta, c), layer.passes)
+        super().__init__(partial(layer.meta, c), layer.passes)  # pyright: ignore[reportArgumentType]
         self.layer, self.context = layer, c
 
     def _call(self, x: Tensor) -> Tensor:
@@ -62,13 +62,13 @@ class AutoregressiveTransform(transforms.AutoregressiveTransform):
         network = None if no_kernel(layer.op, x) else layer.network(self.context)
         if layer.answered(x, network):
             return super().call_and_ladj(x)
-        return autoregressive(x, **network)
+        return autoregressive(x, **network)  # pyright: ignore[reportCallIssue]
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """x, and the log-determinant of the inverse."""
         network = self.layer.network(self.context)
         if not self.layer.answered(y, network, inverse=True):
-            return autoregressive_inverse(y, **network)
+            return autoregressive_inverse(y, **network)  # pyright: ignore[reportCallIssue]
         x = super()._inverse(y)
         return x, -super().log_abs_det_jacobian(x, y)
 
@@ -84,6 +84,8 @@ class AutoregressiveTransform(transforms.AutoregressiveTransform):
 
 class InverseTransform(_InverseTransform):
     """The inverse of an `AutoregressiveTransform`, with its log-determinant from the same sweep."""
+
+    _inv: AutoregressiveTransform
 
     def call_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         return self._inv.inverse_and_ladj(y)
@@ -117,7 +119,7 @@ class MaskedAutoregressiveTransform(JoinedLayer, flows.MaskedAutoregressiveTrans
     def root(self) -> nn.Module | None:
         return self._modules.get("hyper")
 
-    def find_layers(self) -> list[MaskedLinear]:
+    def find_layers(self) -> list[nn.Module]:
         return list(self.hyper)[::2]
 
     def check(self) -> None:

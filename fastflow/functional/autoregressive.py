@@ -111,4 +111,5 @@ def autoregressive_inverse(
 def _constants(op: str, scale: str | Scale) -> tuple[int, float, float]:
     """A scale map as ops take it."""
     scale = scale_map(op, scale)
-    return scale.number, *map(float, scale.constants)
+    c0, c1 = scale.constants
+    return scale.number, float(c0), float(c1)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
 
 
-def check_tensors(op: str, **tensors: Tensor) -> None:
+def check_tensors(op: str, **tensors: Tensor | None) -> None:
     """Every argument is a floating-point tensor, and all are on the device of the first.
 
     Raises:
@@ -44,7 +44,7 @@ def broadcast_batches(op: str, **batches: torch.Size) -> torch.Size:
         raise ValueError(f"{op}: these batches do not broadcast: {shown}") from None
 
 
-def as_int(value: object) -> int | None:
+def as_int(value: Any) -> int | None:
     """An integer of any kind, NumPy's say, as Python's own; None of everything else, and of a bool.
 
     Sizes that torch.export or torch.compile leave open stay as they are.
@@ -52,7 +52,7 @@ def as_int(value: object) -> int | None:
     if isinstance(value, (bool, torch.SymBool)):
         return None
     if isinstance(value, (int, torch.SymInt)):
-        return value
+        return value  # pyright: ignore[reportReturnType]
     if isinstance(value, Tensor) and value.dtype == torch.bool:
         return None
     try:
@@ -70,14 +70,16 @@ def as_shape(
         TypeError: it is no integer and holds other things than integers, or is a tensor.
         ValueError: a size is negative.
     """
+    sizes: tuple[Any, ...]
     if isinstance(shape, Tensor):  # a context, most likely
         sizes = (None,)
     elif isinstance(shape, (tuple, list)):
         sizes = tuple(map(as_int, shape))
     else:
         one = as_int(shape)
-        several = one is None and isinstance(shape, Iterable)
-        sizes = tuple(map(as_int, shape)) if several else (one,)
+        sizes = (one,)
+        if one is None and isinstance(shape, Iterable):
+            sizes = tuple(map(as_int, shape))
     if any(size is None for size in sizes):
         tensor = isinstance(shape, Tensor)
         shown = f"a tensor of shape {tuple(shape.shape)}" if tensor else repr(shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from fastflow.functional.stairs import check_dependence, check_stairs, known_dep
 from fastflow.reference import scales
 from fastflow.reference.network import ACTIVATIONS
 
+T = TypeVar("T", bound=Tensor | None)
 NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 
 
@@ -34,14 +36,14 @@ def run(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None] | None,
-    stairs: Tensor | Sequence[Tensor],
+    stairs: Any,  # Tensor | Sequence[Tensor]
     terms: Sequence[Tensor | None] | ContextTerm | None,
     activation: str,
     residual: bool,
     affine: bool = False,
     constants: tuple[int | float, ...] = (),
     recompute: bool = False,
-) -> tuple[Tensor, ...]:
+) -> tuple[Any, ...]:
     """An op on a masked network, for points of any batch shape.
 
     Arguments:
@@ -224,12 +226,13 @@ def _of_one_feature(
     if isinstance(stairs, Tensor):  # which says where the shift is
         outputs = outputs.gather(0, stairs[-4:-2].long())
     compute = scales.step_back if op == "autoregressive_inverse" else scales.step
-    y, l = compute(x, *outputs.split(1), *setting[2:])  # noqa: E741
+    m, a = outputs.split(1)
+    y, l = compute(x, m, a, *setting[2:])  # noqa: E741
     ladj = -l.sum() if op == "autoregressive_inverse" else l.sum()
     return y, ladj.expand(x.shape[:-1]).clone()
 
 
-def _tensors(op: str, name: str, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+def _tensors(op: str, name: str, tensors: Sequence[T]) -> list[T]:
     if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
         raise TypeError(
             f"{op}: {name} is a {type(tensors).__name__}, must be a sequence of tensors"

@@ -123,8 +123,10 @@ def _run(
     for parameter in (w, u, b):
         dtype = torch.promote_types(dtype, parameter.dtype)
     compute = torch.promote_types(dtype, torch.float32)
-    z, w, u, b, batch = _rows(name, *(t.to(compute) for t in (z, w, u, b)), shapes)
-    out, ladj = apply_chain(*(t.contiguous() for t in (z, w, u, b)), centred, inverse)
+    z, w, u, b = z.to(compute), w.to(compute), u.to(compute), b.to(compute)
+    z, w, u, b, batch = _rows(name, z, w, u, b, shapes)
+    z, w, u, b = z.contiguous(), w.contiguous(), u.contiguous(), b.contiguous()
+    out, ladj = apply_chain(z, w, u, b, centred, inverse)
     return out.view(*batch, out.shape[-1]).to(dtype), ladj.view(batch)
 
 

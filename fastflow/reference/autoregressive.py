@@ -16,7 +16,7 @@ visited, so one sweep in reverse gives the cotangents of all pre-activations.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from fastflow.reference import made, network, scales
 from fastflow.reference.layout import layout, output_rows, remembered
 from fastflow.transforms import readable
 
+NOTHING: Any = None  # where a list by level has no entry for level 0
 BLOCK = 16  # stages between two products with everything that is known before them
 
 
@@ -112,7 +113,7 @@ def autoregressive_inverse(
     pre = [[] for _ in range(hidden + 2)]  # pieces of P_1 .. P_L and of the outputs
     logs = []
     for block in net.blocks():
-        sums = [None] + [
+        sums = [NOTHING] + [
             starts[level][..., net.units(level, block)]
             + known[level - 1] @ net.part(level, block, slice(known[level - 1].shape[-1])).mT
             for level in range(1, hidden + 2)
@@ -173,7 +174,7 @@ def autoregressive_inverse_backward(
     net = _Sorted.of(x, weights, stairs, residual)
     hidden, slope = net.hidden, network.BY_NUMBER[activation].slope
     pre = made.split(saved, x, weights)
-    p_sorted = [None] + [p.index_select(-1, net.orders[i]) for i, p in enumerate(pre, 1)]
+    p_sorted = [NOTHING] + [p.index_select(-1, net.orders[i]) for i, p in enumerate(pre, 1)]
     x_sorted, dx = (t.index_select(-1, net.orders[0]) for t in (x, dx))
 
     later = [dx[..., :0]] * (hidden + 2)  # dP_1 .. dP_L, d outputs of all units after the block
@@ -266,9 +267,9 @@ def settled_by_passes(adjacency: Tensor) -> list[Tensor]:
 
 def inverse_by_passes(
     y: Tensor,
-    shift_and_scale: Callable[[Tensor], tuple[Tensor, ...]],
+    shift_and_scale: Callable[[Tensor], tuple[Tensor, Tensor]],
     settled: Sequence[Tensor],
-    scale: tuple,
+    scale: tuple[int, float, float],
 ) -> tuple[Tensor, Tensor]:
     """The inverse by passes through any autoregressive map, of which each settles more features.
 
@@ -294,7 +295,7 @@ class _Sorted(NamedTuple):
     features: int
     hidden: int
     orders: list[Tensor]
-    weights: list[Tensor | None]  # by level, masked
+    weights: list[Tensor]  # by level, masked
     ends: list[list[int]]  # by level: how many units are known before each stage, and at the end
 
     @classmethod
@@ -320,7 +321,7 @@ class _Sorted(NamedTuple):
             torch.where(mask, weight[order][:, below], 0)
             for weight, mask, order, below in zip(weights, seen, orders[1:], orders)
         ]
-        return cls(levels[0], len(weights) - 1, orders, [None, *taken], ends)
+        return cls(levels[0], len(weights) - 1, orders, [NOTHING, *taken], ends)
 
     def blocks(self) -> list[range]:
         """Stages 0 .. D in blocks; the last one computes units that see all features."""
@@ -339,11 +340,9 @@ class _Sorted(NamedTuple):
         """The weights of the units of all later stages, for the given ones one level below."""
         return self.weights[level][self.units(level, stages).stop :, columns]
 
-    def starts(
-        self, x: Tensor, terms: Sequence[Tensor], biases: Sequence[Tensor]
-    ) -> list[Tensor | None]:
+    def starts(self, x: Tensor, terms: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:
         """By level, what the pre-activations hold before any product: biases and terms, (B, n)."""
-        found = [None]
+        found = [NOTHING]
         for position, order in enumerate(self.orders[1:]):
             start = x.new_zeros(x.shape[:-1] + order.shape)
             if biases[position].shape != (0,):

@@ -66,7 +66,7 @@ def remembered(
         return found[1]
     if functorch_active() or not all(map(readable, sources)):
         return None
-    if torch.utils._python_dispatch._len_torch_dispatch_stack():
+    if torch._C._len_torch_dispatch_stack():
         return None
     with torch.inference_mode(False):  # autograd takes no masks that were made in that mode
         made = make()

@@ -153,7 +153,7 @@ def reach(seen: Sequence[Tensor], residual: bool) -> Tensor:
     return found[-1].bool()
 
 
-def exactly(device: str) -> AbstractContextManager[None]:
+def exactly(device: str) -> AbstractContextManager:
     """Products as kernels make them, not rounded under autocast."""
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)

@@ -22,6 +22,7 @@ all rows at once, and on the meta device it is a shape. Its derivative is that o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,7 +134,7 @@ def _(y: Tensor, net: Sequence[Tensor], layers: int) -> Tensor:
 
 @pcp_solve.register_vmap
 def _(
-    info: object,
+    info: Any,
     in_dims: tuple[int | None, list[int | None], None],
     y: Tensor,
     net: Sequence[Tensor],

@@ -125,7 +125,8 @@ def _perform_apart(
                 _start(process)
                 theirs.close()  # so that ours ends when the process does
                 running[ours] = process, task
-            for connection in wait(list(running)):
+            ready: list[Any] = wait(list(running))  # of the connections
+            for connection in ready:
                 process, task = running[connection]
                 try:
                     show(task, connection.recv())

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from fastflow.vae.config import Config, choices
 
@@ -40,7 +41,7 @@ SETTINGS = {  # the fields of Config: type and help; `amortised` has flags of it
 }
 
 
-def given_settings(options: argparse.Namespace) -> dict[str, object]:
+def given_settings(options: argparse.Namespace) -> dict[str, Any]:
     """The settings of a model and its training that a command line has."""
     return {name: getattr(options, name) for name in SETTINGS if hasattr(options, name)}
 

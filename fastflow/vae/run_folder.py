@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from fastflow.vae.checkpoint import State, load_state
 from fastflow.vae.config import flag
@@ -82,7 +83,7 @@ def require_no_run(folder: Path) -> None:
         raise VaeError(f"{folder}: holds {held[0]} of a run, but no {STATE_FILE} to resume from")
 
 
-def find_state(folder: Path, settings: dict[str, object]) -> State | None:
+def find_state(folder: Path, settings: dict[str, Any]) -> State | None:
     """Reads the state of the run in a folder, None if there is none, and fits it to settings.
 
     Arguments:
