@@ -87,10 +87,12 @@ class BijectionTransform(Transform):
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         r"""log|det dy/dx| of a pair x, y (\*batch, D), computed from x: shape (\*batch,).
 
-        0 where a finite y has an x that is out of range, and so infinite: a base's density is 0.
+        0 where a finite y has an x that is out of range, or so large that the way back is: a base's
+        density is 0 there.
         """
         ladj = self.bijection(x, self.context)[1]
-        return torch.where(overflowed(x, y, self.context), 0, ladj)
+        lost = overflowed(x, y, self.context) | overflowed(ladj[..., None], y, self.context)
+        return torch.where(lost, 0, ladj)
 
     def forward_shape(self, shape: Sequence[int]) -> torch.Size:
         """The shape of y for one of x: the batch of the context is broadcast with its own."""
