@@ -38,7 +38,7 @@ def integral(values: Tensor) -> tuple[Tensor, Tensor]:
 
     The integrands die out within the square. Where they are smooth, sums over a grid converge
     faster than any power of the step; where ELU makes the second derivative jump, the errors of
-    both steps scatter. So twice the largest change from twice the step bounds the error of every row.
+    both steps scatter. So twice the largest change from twice the step bounds every row's error.
     """
     side = 2 * POINTS + 1
     values = values.reshape(side, side, *values.shape[1:])
