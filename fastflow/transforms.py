@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -51,3 +52,10 @@ def forward_mode_active(*tensors: Tensor) -> bool:
 def without_autocast(device: str) -> AbstractContextManager:
     """Autocast turned off for a device type; the meta device has none."""
     return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """Makes tensors that outlive the call: no gradients, inference mode or torch.func transform."""
+    with torch._C._DisableFuncTorch(), torch.inference_mode(False), torch.no_grad():
+        yield

@@ -6,6 +6,7 @@ import copy
 import io
 import itertools
 import pickle
+from collections.abc import Callable
 
 import flow_zoo
 import pytest
@@ -354,3 +355,23 @@ def test_integers_are_refused(name: str) -> None:
         for direction in ("forward", "inverse"):
             with pytest.raises(TypeError, match=r"torch.int64, must be a floating-point tensor"):
                 getattr(flow.bijection, direction)(points, own)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: fastflow.MAF(4, 2, (8,)).bijection,
+        lambda: fastflow.MaskedAffineAutoregressive(
+            4, (8,), adjacency=torch.ones(4, 4).tril(-1).bool()
+        ),
+        lambda: fastflow.Chain(fastflow.Permutation([1, 0, 3, 2]), fastflow.PlanarFlow(4, 2)),
+    ],
+    ids=["order", "adjacency", "permutation"],
+)
+def test_what_was_loaded_in_inference_mode_can_be_trained(make: Callable) -> None:
+    bijection = make()
+    with torch.inference_mode():
+        bijection.load_state_dict(bijection.state_dict())
+    for direction in (bijection, bijection.inverse):
+        y, ladj = direction(torch.randn(3, 4))
+        (y.sum() + ladj.sum()).backward()

@@ -196,3 +196,17 @@ SDIST = os.environ.get("NFLOWS_SDIST", "")
 def test_the_tests_of_nflows(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(SDIST)
     run_tests_of_library(f"tests.{module}", MaskedAffineAutoregressiveTransform, monkeypatch)
+
+
+def test_first_call_of_a_copy_in_inference_mode_or_a_transform_leaves_nothing_behind() -> None:
+    layer = MaskedAffineAutoregressiveTransform(4, 8, num_blocks=1)
+    fastflow.convert(layer)
+    x = torch.randn(3, 4)
+    with torch.inference_mode():
+        (served := copy.deepcopy(layer))(x)
+        (loaded := copy.deepcopy(layer)).load_state_dict(layer.state_dict())
+    for one in (served, loaded):
+        one(x)[0].sum().backward()  # raised on inference tensors
+    served = copy.deepcopy(layer)
+    torch.func.jacrev(lambda x: served(x)[0])(x)
+    torch.testing.assert_close(copy.deepcopy(served)(x), layer(x))

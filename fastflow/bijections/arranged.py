@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastflow.transforms import unrecorded
+
 
 class Arranged(nn.Module):
     """A module with an arrangement of its features, an order say, and buffers that follow from it.
@@ -47,7 +49,8 @@ class Arranged(nn.Module):
             if value.shape != arranged.shape:  # PyTorch says so better
                 return super()._load_from_state_dict(state_dict, prefix, *args)
             try:
-                arranged = self._checked(value)
+                with unrecorded():
+                    arranged = self._checked(value)
             except (TypeError, ValueError) as problem:
                 errors.append(f"{type(self).__name__}: {problem}")  # all are raised at once
                 return None
@@ -55,6 +58,8 @@ class Arranged(nn.Module):
         self._arranged = arranged
         device = getattr(self, self._arrangement).device
         if device.type != "meta":
-            for key, buffer in self._derived().items():
-                setattr(self, key, buffer.to(device))
+            with unrecorded():
+                found = {key: buffer.to(device) for key, buffer in self._derived().items()}
+            for key, buffer in found.items():
+                setattr(self, key, buffer)
         return None

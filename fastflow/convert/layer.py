@@ -14,7 +14,7 @@ from fastflow.convert.choice import no_kernel
 from fastflow.inner import Watched, global_hooks, inside, own_method, plain
 from fastflow.memo import tensors
 from fastflow.notices import warn
-from fastflow.transforms import wrapped
+from fastflow.transforms import unrecorded, wrapped
 
 Layer = nn.Module if TYPE_CHECKING else object  # by its library's class, each is a module
 
@@ -214,13 +214,13 @@ class MaskedLayer(Converted):
         self._stairs, self._sources = None, [(source, _version(source)) for source in sources]
         if any(source.is_meta for source in sources):
             return
-        with torch.no_grad():
-            stairs = self.derive(sources)
         device = sources[0].device
-        if isinstance(stairs, Tensor):
-            self._stairs = stairs.to(device)
-        else:
-            self._stairs = [mask.to(device) for mask in stairs]
+        with unrecorded():
+            stairs = self.derive(sources)
+            if isinstance(stairs, Tensor):
+                self._stairs = stairs.to(device)
+            else:
+                self._stairs = [mask.to(device) for mask in stairs]
 
     def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
         super()._apply(*args, **kwargs)
