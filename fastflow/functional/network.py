@@ -159,12 +159,12 @@ def _quickly(
     biases = (None,) * len(weights) if biases is None else biases
     if isinstance(terms, ContextTerm):
         return context.by_node(op, x, terms, weights, biases, stairs, setting)
-    network = (x, () if terms is None else terms, weights, biases, stairs)
-    outputs = by_node(op, *network, setting)
-    affine = len(setting) > 2
-    if outputs is None and _fits(*network, setting[1], affine):
-        if known_dependence(weights, stairs, setting[1], affine):
-            lists = (_filled(some, x) for some in network[1:4])
+    terms = () if terms is None else terms
+    outputs = by_node(op, x, terms, weights, biases, stairs, setting)
+    residual, affine = setting[1], len(setting) > 2
+    if outputs is None and _fits(x, terms, weights, biases, stairs, residual, affine):
+        if known_dependence(weights, stairs, residual, affine):
+            lists = (_filled(some, x) for some in (terms, weights, biases))
             outputs = by_autograd(op, x, *lists, stairs, setting)
     return outputs
 
