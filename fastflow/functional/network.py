@@ -164,8 +164,8 @@ def _quickly(
     residual, affine = setting[1], len(setting) > 2
     if outputs is None and _fits(x, terms, weights, biases, stairs, residual, affine):
         if known_dependence(weights, stairs, residual, affine):
-            lists = (_filled(some, x) for some in (terms, weights, biases))
-            outputs = by_autograd(op, x, *lists, stairs, setting)
+            terms, biases = _filled(terms, x), _filled(biases, x)
+            outputs = by_autograd(op, x, terms, list(weights), biases, stairs, setting)
     return outputs
 
 
