@@ -202,9 +202,10 @@ def test_first_call_of_a_copy_in_inference_mode_or_a_transform_leaves_nothing_be
     layer = MaskedAffineAutoregressiveTransform(4, 8, num_blocks=1)
     fastflow.convert(layer)
     x = torch.randn(3, 4)
+    served, loaded = copy.deepcopy(layer), copy.deepcopy(layer)
     with torch.inference_mode():
-        (served := copy.deepcopy(layer))(x)
-        (loaded := copy.deepcopy(layer)).load_state_dict(layer.state_dict())
+        served(x)
+        loaded.load_state_dict(layer.state_dict())
     for one in (served, loaded):
         one(x)[0].sum().backward()  # raised on inference tensors
     served = copy.deepcopy(layer)
