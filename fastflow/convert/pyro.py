@@ -4,7 +4,7 @@ Noise to data is their parallel direction. A layer that takes a context makes a 
 `condition`; a converted layer makes a fast one.
 
 Pyro's transforms remember the last pair of points, and answer with it whatever has happened to the
-parameters since. Converted ones compute whatever they are asked for.
+parameters since. Converted ones remember the last draw, if anything, until something has changed.
 
 Layout: a network takes c and x side by side, and its outputs are m_1 .. m_D, a_1 .. a_D.
 
@@ -27,12 +27,15 @@ from torch import Tensor, nn
 from torch.distributions import Transform
 
 from fastflow.bijections.base import check_features
-from fastflow.convert.activations import check_hooks, one_activation
+from fastflow.convert import draw
+from fastflow.convert.activations import MODULES, check_hooks, one_activation
 from fastflow.convert.choice import no_kernel
 from fastflow.convert.joined import JoinedLayer
 from fastflow.convert.layer import Converted, Unsupported
 from fastflow.functional.autoregressive import autoregressive, autoregressive_inverse
 from fastflow.functional.planar_flow import planar_flow, planar_flow_inverse
+from fastflow.inner import global_hooks, inside, plain
+from fastflow.memo import tensors, tensors_of
 from fastflow.scales import Clamp, Gate, Scale
 
 
@@ -51,6 +54,37 @@ class Computed(Transform):
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         return self.compute(x, inverse=False)[1]
+
+
+class Remembering(Computed):
+    """One that remembers its last draw, for those who score it."""
+
+    def sources(self) -> list[Tensor] | None:
+        """The tensors that it is computed from beside the point; None where that may not be all."""
+        raise NotImplementedError(f"{type(self).__name__} has no sources")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y, ladj = self.compute(x, inverse=False)
+        if draw.watchable() and (sources := self.sources()) is not None:
+            draw.remember(self, x, y, ladj, sources)
+        return y
+
+    def _inv_call(self, y: Tensor) -> Tensor:
+        known = self._recall(y)
+        return super()._inv_call(y) if known is None else known[0]
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        known = self._recall(y)
+        if known is None or known[0] is not x:
+            return super().log_abs_det_jacobian(x, y)
+        draw.forget(self)  # a second backward pass through the same ladj would fail
+        return known[1]
+
+    def _recall(self, y: Tensor) -> tuple[Tensor, Tensor] | None:
+        """x and the ladj, if y is the last draw and a pass would give the same."""
+        last = draw.last(self, y) if draw.watchable() else None
+        sources = None if last is None else self.sources()
+        return None if sources is None else last.recall(sources)
 
 
 class ConvertedTransform(Computed, Converted):
@@ -96,6 +130,14 @@ class MaskedNetwork(JoinedLayer):
         layers = super().layers(called)
         return None if called and layers and "_forward" in self.hyper.__dict__ else layers
 
+    def sources(self) -> list[Tensor] | None:
+        layers = self.layers()
+        stairs = None if layers is None else self.stairs(tensors(layers, "mask"))
+        if not isinstance(stairs, Tensor):
+            return None
+        biases = [bias for bias in tensors(layers, "bias") if bias is not None]
+        return [*tensors(layers, "weight"), *biases, stairs]
+
     def check(self) -> None:
         hyper = self.hyper
         if type(hyper) is not self.kind:
@@ -111,7 +153,7 @@ class MaskedNetwork(JoinedLayer):
         self._scale = scale_of(**self.options)
 
 
-class AffineStep(Computed):
+class AffineStep(Remembering):
     """The affine transform that a masked network makes."""
 
     def compute(self, point: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
@@ -179,6 +221,10 @@ class ConditionedAffineAutoregressive(AffineStep, Conditioned, transforms.Affine
     def network(self) -> dict[str, Any] | None:
         return self.layer().network(self.context)
 
+    def sources(self) -> list[Tensor] | None:
+        sources = self.layer().sources()
+        return None if sources is None else [*sources, self.context]
+
     def answered(self, x: Tensor, network: dict[str, Any] | None, inverse: bool = False) -> bool:
         return self.layer().answered(x, network, inverse)
 
@@ -229,8 +275,21 @@ class Planar(PlanarStep, ConvertedTransform, transforms.Planar):
         """It needs nothing, and has no settings."""
 
 
-class ConditionedPlanar(PlanarStep, Conditioned, OriginalConditionedPlanar):
-    """What the layer that follows makes of a context."""
+class ConditionedPlanar(Remembering, PlanarStep, Conditioned, OriginalConditionedPlanar):
+    """What the layer that follows makes of a context.
+
+    It remembers its last draw, as the network costs more than the planar step.
+    """
+
+    __hash__ = object.__hash__  # for transforms that are no modules have none
+
+    def sources(self) -> list[Tensor] | None:
+        net = self.layer().nn
+        if type(net) is not networks.DenseNN or "f" not in net._modules or global_hooks():
+            return None
+        modules = inside(net)
+        known = all([type(one) in DENSE and plain(one) for one in modules])
+        return [*tensors_of(net), self.context] if known and "_forward" not in vars(net) else None
 
 
 class ConditionalPlanar(Conditional, Converted, transforms.ConditionalPlanar):
@@ -242,6 +301,10 @@ class ConditionalPlanar(Conditional, Converted, transforms.ConditionalPlanar):
 
     def prepare(self) -> None:
         """It needs nothing, and has no settings."""
+
+
+DENSE = (networks.DenseNN, nn.ModuleList, nn.Linear, *MODULES)
+"""The modules of a network whose outputs depend on its parameters and inputs alone."""
 
 
 def _same(layer: nn.Module) -> nn.Module:
