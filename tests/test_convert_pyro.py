@@ -408,6 +408,23 @@ class TestTheLastDraw:
         for a, b in zip(one, other, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
 
+    def test_composed_transforms_score_in_one_pass(self, case: str, passes: list) -> None:
+        steps = [self.start(case) for _ in range(3)]
+        parts = [at(fast, *c) for fast, _, c, _ in steps]
+        law = law_of(torch.distributions.ComposeTransform(parts))
+        draw = law.rsample((9,))
+        found = law.log_prob(draw)
+        assert len(passes) == 3
+        torch.testing.assert_close(found, law.log_prob(draw.clone()), rtol=0, atol=1e-9)
+
+    def test_two_calls_have_two_graphs(self, case: str) -> None:
+        fast, x, c, _ = self.start(case)
+        transform = at(fast, *c)
+        one, other = transform(x), transform(x)
+        assert one is not other
+        one.sum().backward()
+        other.sum().backward()
+
     def test_training_as_pyro_trains(self, case: str) -> None:
         results = []
         for layer in pair(case):
@@ -418,7 +435,7 @@ class TestTheLastDraw:
             for _ in range(4):
                 optimizer.zero_grad()
                 law = law_of(at(layer, *c))
-                draw = law.rsample((9,) if not c else ())
+                draw = law.rsample((9,))
                 (law.log_prob(draw) + draw.sin().sum(-1)).mean().backward()
                 optimizer.step()
             results.append(list(layer.parameters()))

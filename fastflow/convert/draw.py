@@ -34,17 +34,25 @@ class Draw:
         drawn = weakref.ref(self)  # a node that holds its own ladj would never be freed
         self._hook = y.grad_fn.register_prehook(lambda _: _end(drawn()))
 
+        self.inverted = False
+        """Whether x was given for y, so that the draw is being scored."""
+
     def is_of(self, y: Tensor) -> bool:
         """Whether this is the very tensor, and nothing has ended the memory."""
         return self._y() is y and len(self._kept) > 0
 
-    def recall(self, sources: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
-        """x and the ladj; None if a pass would give others."""
+    def is_inverted_to(self, x: Tensor) -> bool:
+        """Whether this is the very x, and was given for y."""
+        return self.inverted and len(self._kept) > 0 and self._kept[0] is x
+
+    def recall(self, sources: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor] | None:
+        """x, y and the ladj; None if a pass would give others."""
         x, ladj, before, flags, values = self._kept
-        now = (self._y(), x, *sources)
+        y = self._y()
+        now = (y, x, *sources)
         if [*map(id, sources)] != [*map(id, before)] or _flags(now) != flags:
             return None
-        return (x, ladj) if all(map(torch.equal, now, values)) else None
+        return (x, y, ladj) if all(map(torch.equal, now, values)) else None
 
     def end(self) -> None:
         """Keeps nothing any longer."""
@@ -71,10 +79,9 @@ def remember(
         _here.of[transform] = Draw(x, y, ladj, sources)
 
 
-def last(transform: Transform, y: Tensor) -> Draw | None:
-    """The last draw of a transform in this thread, if it is y."""
-    draw = _here.of.get(transform)
-    return draw if draw is not None and draw.is_of(y) else None
+def last(transform: Transform) -> Draw | None:
+    """The last draw of a transform in this thread."""
+    return _here.of.get(transform) if watchable() else None
 
 
 def forget(transform: Transform) -> None:

@@ -64,26 +64,33 @@ class Remembering(Computed):
         raise NotImplementedError(f"{type(self).__name__} has no sources")
 
     def __call__(self, x: Tensor) -> Tensor:
+        last = draw.last(self)
+        if last is not None and last.is_inverted_to(x):  # ComposeTransform does that to score y
+            if (known := self._recall(last)) is not None:
+                return known[1]
         y, ladj = self.compute(x, inverse=False)
         if draw.watchable() and (sources := self.sources()) is not None:
             draw.remember(self, x, y, ladj, sources)
         return y
 
     def _inv_call(self, y: Tensor) -> Tensor:
-        known = self._recall(y)
-        return super()._inv_call(y) if known is None else known[0]
+        last = draw.last(self)
+        if last is None or not last.is_of(y) or (known := self._recall(last)) is None:
+            return super()._inv_call(y)
+        last.inverted = True
+        return known[0]
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        known = self._recall(y)
+        last = draw.last(self)
+        known = self._recall(last) if last is not None and last.is_of(y) else None
         if known is None or known[0] is not x:
             return super().log_abs_det_jacobian(x, y)
         draw.forget(self)  # a second backward pass through the same ladj would fail
-        return known[1]
+        return known[2]
 
-    def _recall(self, y: Tensor) -> tuple[Tensor, Tensor] | None:
-        """x and the ladj, if y is the last draw and a pass would give the same."""
-        last = draw.last(self, y) if draw.watchable() else None
-        sources = None if last is None else self.sources()
+    def _recall(self, last: draw.Draw) -> tuple[Tensor, Tensor, Tensor] | None:
+        """x, y and the ladj of the last draw, if a pass would give the same."""
+        sources = self.sources()
         return None if sources is None else last.recall(sources)
 
 
