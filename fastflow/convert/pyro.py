@@ -167,10 +167,11 @@ class AffineStep(Remembering):
         network = None if not inverse and no_kernel(self.op, point) else self.network()
         if self.answered(point, network, inverse):
             return self._by_pyro(point, inverse)
-        if not inverse:
-            return autoregressive(point, **network)
-        x, ladj = autoregressive_inverse(point, **network)
-        return x, -ladj
+        alone = point.dim() == 1 and network["terms"] is None
+        rows = point.unsqueeze(0) if alone else point  # for ops take a matrix by a shorter way
+        image, ladj = (autoregressive_inverse if inverse else autoregressive)(rows, **network)
+        image, ladj = (image.squeeze(0), ladj.squeeze(0)) if alone else (image, ladj)
+        return image, -ladj if inverse else ladj
 
     def _by_pyro(self, point: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         """As `compute`, by the library's own code, which leaves the ladj in an attribute."""
