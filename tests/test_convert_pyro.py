@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import sys
+import weakref
 from collections.abc import Callable
 from functools import partial
 
@@ -12,6 +15,7 @@ import torch
 from conftest import in_threads
 from conversion import TOLERANCES, check_conversion, check_left_alone, check_same
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fastflow
 
@@ -196,7 +200,7 @@ def set_from_a_vector(fast: nn.Module) -> None:
 CHANGES = [step_a_fused_optimizer, step_an_optimizer, clamp_data, set_from_a_vector]
 
 
-class TestNothingIsRemembered:
+class TestNothingIsStale:
     """Twins: Pyro's own layer with the same parameters, asked about new tensors."""
 
     @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
@@ -285,13 +289,13 @@ class TestNothingIsRemembered:
             transform.log_abs_det_jacobian(x, y).mean().backward()
 
     @pytest.mark.parametrize("case", ONE_OF_EACH)
-    def test_path_gradients_at_a_draw(self, case: str) -> None:
+    def test_path_gradients_at_a_copy_of_a_draw(self, case: str) -> None:
         layer, fast = pair(case)
         x, *c = inputs_of(case, layer)
         base = dist.Normal(torch.zeros_like(x), 1).to_event(1)
         law = dist.TransformedDistribution(base, [at(fast, *c)])
         draw = law.rsample()
-        (got,) = torch.autograd.grad(law.log_prob(draw).sum(), draw)
+        (got,) = torch.autograd.grad(law.log_prob(draw.clone()).sum(), draw)
         leaf = draw.detach().requires_grad_()
         (want,) = torch.autograd.grad(law.log_prob(leaf).sum(), leaf)
         torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-8)
@@ -355,6 +359,323 @@ class TestNothingIsRemembered:
         for copied in (copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))):
             inverse = copied(transform.inv)
             assert torch.equal(inverse(x), transform.inv(x)) and inverse.inv.inv is inverse
+
+
+REMEMBERED = ["default", "stable", "default-context", "planar-context"]
+
+
+def law_of(*steps: torch.distributions.Transform) -> dist.TransformedDistribution:
+    return dist.TransformedDistribution(dist.Normal(torch.zeros(5), 1).to_event(1), list(steps))
+
+
+@pytest.fixture
+def passes(monkeypatch) -> list[str]:
+    """The names of the functions that compute, call after call."""
+    called = []
+    module = sys.modules[type(pair("default")[1]).__module__]
+
+    def counting(name: str, call: Callable) -> Callable:
+        return lambda *args, **kwargs: (called.append(name), call(*args, **kwargs))[1]
+
+    for name in ("autoregressive", "autoregressive_inverse", "planar_flow", "planar_flow_inverse"):
+        monkeypatch.setattr(module, name, counting(name, getattr(module, name)))
+    return called
+
+
+@pytest.mark.parametrize("case", REMEMBERED)
+class TestTheLastDraw:
+    """Twins are copies, which have no memory."""
+
+    def start(self, case: str) -> tuple[nn.Module, Tensor, list[Tensor], Callable]:
+        _, fast = pair(case)
+        x, *c = inputs_of(case, fast)
+        return fast, x, c, lambda y: law_of(at(copy.deepcopy(fast), *c)).log_prob(y)
+
+    @pytest.mark.parametrize("layers", [1, 3])
+    def test_draw_and_score_are_one_pass(self, case: str, layers: int, passes: list) -> None:
+        steps = [self.start(case) for _ in range(layers)]
+        law = law_of(*(at(fast, *c) for fast, _, c, _ in steps))
+        draw = law.rsample((9,))
+        found = law.log_prob(draw)
+        assert len(passes) == layers
+        again = law.log_prob(draw)
+        assert len(passes) == 3 * layers
+        torch.testing.assert_close(again, found, rtol=0, atol=1e-9)
+        weights = list(steps[0][0].parameters())  # both have a graph of their own
+        one, other = (
+            torch.autograd.grad(lp.sum(), weights, retain_graph=True) for lp in (found, again)
+        )
+        for a, b in zip(one, other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+    def test_composed_transforms_score_in_one_pass(self, case: str, passes: list) -> None:
+        steps = [self.start(case) for _ in range(3)]
+        parts = [at(fast, *c) for fast, _, c, _ in steps]
+        law = law_of(torch.distributions.ComposeTransform(parts))
+        draw = law.rsample((9,))
+        found = law.log_prob(draw)
+        assert len(passes) == 3
+        torch.testing.assert_close(found, law.log_prob(draw.clone()), rtol=0, atol=1e-9)
+
+    def test_two_calls_have_two_graphs(self, case: str) -> None:
+        fast, x, c, _ = self.start(case)
+        transform = at(fast, *c)
+        one, other = transform(x), transform(x)
+        assert one is not other
+        one.sum().backward()
+        other.sum().backward()
+
+    def test_training_as_pyro_trains(self, case: str) -> None:
+        results = []
+        for layer in pair(case):
+            _, *c = inputs_of(case, layer)
+            c = [torch.ones_like(one) for one in c]
+            optimizer = torch.optim.Adam(layer.parameters(), 0.01, fused=True)
+            torch.manual_seed(4)
+            for _ in range(4):
+                optimizer.zero_grad()
+                law = law_of(at(layer, *c))
+                draw = law.rsample((9,))
+                (law.log_prob(draw) + draw.sin().sum(-1)).mean().backward()
+                optimizer.step()
+            results.append(list(layer.parameters()))
+        for own, fast in zip(*results, strict=True):
+            torch.testing.assert_close(own, fast, rtol=1e-7, atol=1e-7)
+
+    @pytest.mark.parametrize("moment", ["draw", "inverse"])
+    @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+    def test_a_change_of_parameters(self, case: str, change: Callable, moment: str) -> None:
+        fast, x, c, fresh = self.start(case)
+        transform = at(fast, *c)
+        y = transform(x)
+        before = fresh(y)
+        if moment == "inverse":
+            assert transform.inv(y) is x
+        change(fast)
+        want = copy.deepcopy(fast)
+        if moment == "draw":
+            torch.testing.assert_close(
+                law_of(transform).log_prob(y), fresh(y), rtol=1e-8, atol=1e-8
+            )
+            assert not torch.allclose(fresh(y), before)
+        ladj = at(want, *c).log_abs_det_jacobian(x, y)
+        torch.testing.assert_close(transform.log_abs_det_jacobian(x, y), ladj, rtol=0, atol=1e-9)
+
+    def test_other_parameters_of_the_same_values(self, case: str) -> None:
+        fast, x, c, _ = self.start(case)
+        transform = at(fast, *c)
+        y = transform(x)
+        for module in fast.modules():
+            for name, parameter in module._parameters.items():
+                module._parameters[name] = nn.Parameter(parameter.detach().clone())
+        law_of(transform).log_prob(y).sum().backward()
+        assert all(parameter.grad is not None for parameter in fast.parameters())
+
+    def test_parameters_that_thaw(self, case: str) -> None:
+        fast, x, c, _ = self.start(case)
+        first = next(iter(fast.parameters())).requires_grad_(False)
+        transform = at(fast, *c)
+        y = transform(x)
+        first.requires_grad_(True)
+        law_of(transform).log_prob(y).sum().backward()
+        assert first.grad is not None and first.grad.any()
+
+    @pytest.mark.parametrize("which", ["y", "x", "context"])
+    def test_writes_to_points_and_context(self, case: str, which: str) -> None:
+        for write in (lambda one: one.add_(0.1), lambda one: one.data.add_(0.1)):
+            fast, x, c, fresh = self.start(case)
+            if which == "context" and not c:
+                return
+            transform = at(fast, *c)
+            y = transform(x)
+            with torch.no_grad():
+                write({"y": y, "x": x}.get(which, (*c, x)[0]))
+            found = law_of(transform).log_prob(y)
+            torch.testing.assert_close(found, fresh(y.detach()), rtol=1e-8, atol=1e-8)
+
+    @pytest.mark.parametrize("which", ["y", "x"])
+    def test_a_history_that_is_added_in_place(self, case: str, which: str) -> None:
+        """It changes no value."""
+        fast, x, c, _ = self.start(case)
+        transform, shift = at(fast, *c), torch.zeros(5, requires_grad=True)
+        y = transform(x)
+        point = {"x": x, "y": y}[which]
+        point.add_(shift)
+        if which == "y":
+            found, want = (law_of(at(fast, *c) if new else transform).log_prob(y) for new in (0, 1))
+        else:
+            found, want = (
+                (at(fast, *c) if new else transform).log_abs_det_jacobian(x, y) for new in (0, 1)
+            )
+        got, expected = (
+            torch.autograd.grad(one.sum(), shift, retain_graph=True)[0] for one in (found, want)
+        )
+        torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-8)
+
+    @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+    def test_modes(self, case: str, mode: Callable) -> None:
+        fast, x, c, fresh = self.start(case)
+        transform = at(fast, *c)
+        with mode():
+            y = transform(x.clone())
+        y = y.clone()
+        law_of(transform).log_prob(y).sum().backward()
+        assert all(parameter.grad is not None for parameter in fast.parameters())
+        y = transform(x)
+        with mode():
+            found = law_of(transform).log_prob(y)
+        assert not found.requires_grad
+        torch.testing.assert_close(found, fresh(y).detach(), rtol=1e-8, atol=1e-8)
+
+    def test_a_draw_without_history(self, case: str) -> None:
+        fast, x, c, _ = self.start(case)
+        transform = at(fast, *c)
+        with torch.no_grad():
+            y = transform(x)
+        law_of(transform).log_prob(y).sum().backward()
+        assert all(parameter.grad is not None for parameter in fast.parameters())
+
+    def test_a_backward_pass_before(self, case: str) -> None:
+        fast, x, c, _ = self.start(case)
+        transform = at(fast, *c)
+        gradients = []
+        for early in (True, False):
+            y = transform(x)
+            fast.zero_grad()
+            if early:
+                y.square().sum().backward(retain_graph=True)
+                fast.zero_grad()
+            law_of(transform).log_prob(y).sum().backward()
+            gradients.append([parameter.grad for parameter in fast.parameters()])
+        for a, b in zip(*gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+    def test_a_backward_pass_that_freed_the_graph(self, case: str) -> None:
+        fast, x, c, _ = self.start(case)
+        transform = at(fast, *c)
+        y = transform(x)
+        assert transform.inv(y) is x
+        y.square().sum().backward()
+        transform.log_abs_det_jacobian(x, y).sum().backward()
+
+    def test_threads(self, case: str) -> None:
+        fast, x, c, fresh = self.start(case)
+        transform = at(fast, *c)
+        points = [x + number for number in range(8)]
+        wants = [fresh(transform(point)) for point in points]
+        shared = transform(x)
+        want = fresh(shared)
+
+        def work(number: int) -> None:
+            for _ in range(20):
+                y = transform(points[number])
+                found = law_of(transform).log_prob(y)
+                torch.testing.assert_close(found, wants[number], rtol=0, atol=1e-8)
+            torch.testing.assert_close(law_of(transform).log_prob(shared), want, rtol=0, atol=1e-8)
+
+        in_threads(work)
+
+    def test_copies_and_states_hold_no_draw(self, case: str, passes: list) -> None:
+        fast, x, c, _ = self.start(case)
+        transform = at(fast, *c)
+        keys, size = set(vars(transform)), len(pickle.dumps(transform))
+        y = transform(x)
+        assert set(vars(transform)) == keys and len(pickle.dumps(transform)) == size
+        twin = copy.deepcopy(transform)
+        passes.clear()
+        torch.testing.assert_close(twin.inv(y), x, rtol=0, atol=1e-9)
+        assert len(passes) == 1
+
+    def test_checkpoints(self, case: str) -> None:
+        fast, x, c, _ = self.start(case)
+        transform = at(fast, *c)
+        gradients = []
+        for kept in (True, False):
+            y = transform(x)
+            fast.zero_grad()
+            call = law_of(transform).log_prob
+            found = call(y) if kept else checkpoint(call, y, use_reentrant=False)
+            found.sum().backward()
+            gradients.append([parameter.grad for parameter in fast.parameters()])
+        for a, b in zip(*gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+    def test_functions_that_are_transformed(self, case: str) -> None:
+        fast, x, c, _ = self.start(case)
+        transform = at(fast, *(one[0] for one in c))
+
+        def both(point: Tensor) -> Tensor:
+            y = transform(point)
+            return law_of(transform).log_prob(y)
+
+        want = torch.stack([both(point) for point in x])
+        torch.testing.assert_close(torch.vmap(both)(x), want, rtol=0, atol=1e-8)
+        torch.func.jacrev(both)(x[0])
+        torch.testing.assert_close(both(x[0]), want[0], rtol=0, atol=1e-8)
+
+    def test_nothing_outlives_the_draw(self, case: str) -> None:
+        fast, x, c, _ = self.start(case)
+        transform = at(fast, *c)
+        gc.collect()
+        gc.disable()  # counting references is enough
+        try:
+            for use in (lambda y: None, transform.inv, law_of(transform).log_prob):
+                point = x.clone()
+                gone = weakref.ref(point)
+                y = transform(point)
+                use(y)
+                del point
+                assert gone() is not None
+                later = transform(x)
+                del y
+                assert gone() is None
+                del later
+        finally:
+            gc.enable()
+
+
+def test_a_draw_and_another_mask() -> None:
+    _, fast = pair("default")
+    other = LAYERS["default"]()
+    while torch.equal(other.arn.permutation, fast.arn.permutation):
+        other = LAYERS["default"]()
+    x = torch.randn(4, 5)
+    y = fast(x)
+    for mask, its in zip(fast.arn.layers, other.arn.layers):
+        mask.mask.copy_(its.mask)
+    twin = copy.deepcopy(fast)
+    torch.testing.assert_close(fast.inv(y), twin.inv(y))
+    assert not torch.allclose(fast.inv(y), x)
+
+
+def test_a_draw_and_a_hook() -> None:
+    _, fast = pair("default")
+    y, called = fast(torch.randn(4, 5)), []
+    fast.arn.layers[0].register_forward_hook(lambda *_: called.append(1))
+    law_of(fast).log_prob(y)
+    assert called
+
+
+def test_a_draw_and_a_revert() -> None:
+    layer, fast = pair("default")
+    y = fast(torch.randn(4, 5))
+    clamp_data(fast)
+    fastflow.revert(fast)
+    layer.load_state_dict(fast.state_dict())
+    want = law_of(layer).log_prob(y.detach())
+    torch.testing.assert_close(law_of(fast).log_prob(y), want)
+    fastflow.convert(fast)
+    torch.testing.assert_close(law_of(fast).log_prob(y), want)
+
+
+def test_a_draw_and_a_dropout() -> None:
+    """A context's network that is random, or any function, is asked anew."""
+    net = nn.Sequential(nn.Linear(3, 11), nn.Dropout())
+    layer = transforms.ConditionalPlanar(lambda c: net(c).split([1, 5, 5], -1))
+    fastflow.convert(layer, strict=True)
+    transform = layer.condition(torch.randn(9, 3))
+    x = torch.randn(9, 5)
+    assert transform.inv(transform(x)) is not x
 
 
 @pytest.mark.parametrize("case", ["default", "planar"])

@@ -4,7 +4,7 @@ Noise to data is their parallel direction. A layer that takes a context makes a 
 `condition`; a converted layer makes a fast one.
 
 Pyro's transforms remember the last pair of points, and answer with it whatever has happened to the
-parameters since. Converted ones compute whatever they are asked for.
+parameters since. Converted ones remember the last draw, if anything, until something has changed.
 
 Layout: a network takes c and x side by side, and its outputs are m_1 .. m_D, a_1 .. a_D.
 
@@ -28,12 +28,15 @@ from torch import Tensor, nn
 from torch.distributions import Transform
 
 from fastflow.bijections.base import check_features
-from fastflow.convert.activations import check_hooks, one_activation
+from fastflow.convert import draw
+from fastflow.convert.activations import MODULES, check_hooks, one_activation
 from fastflow.convert.choice import no_kernel
 from fastflow.convert.joined import JoinedLayer
 from fastflow.convert.layer import Converted, Unsupported
 from fastflow.functional.autoregressive import autoregressive, autoregressive_inverse
 from fastflow.functional.planar_flow import planar_flow, planar_flow_inverse
+from fastflow.inner import global_hooks, inside, plain
+from fastflow.memo import tensors, tensors_of
 from fastflow.scales import Clamp, Gate, Scale
 
 
@@ -52,6 +55,44 @@ class Computed(Transform):
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         return self.compute(x, inverse=False)[1]
+
+
+class Remembering(Computed):
+    """One that remembers its last draw, for those who score it."""
+
+    def sources(self) -> list[Tensor] | None:
+        """The tensors that it is computed from beside the point; None where that may not be all."""
+        raise NotImplementedError(f"{type(self).__name__} has no sources")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        last = draw.last(self)
+        if last is not None and last.is_inverted_to(x):  # ComposeTransform does that to score y
+            if (known := self._recall(last)) is not None:
+                return known[1]
+        y, ladj = self.compute(x, inverse=False)
+        if draw.watchable() and (sources := self.sources()) is not None:
+            draw.remember(self, x, y, ladj, sources)
+        return y
+
+    def _inv_call(self, y: Tensor) -> Tensor:
+        last = draw.last(self)
+        if last is None or not last.is_of(y) or (known := self._recall(last)) is None:
+            return super()._inv_call(y)
+        last.inverted = True
+        return known[0]
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        last = draw.last(self)
+        known = self._recall(last) if last is not None and last.is_of(y) else None
+        if known is None or known[0] is not x:
+            return super().log_abs_det_jacobian(x, y)
+        draw.forget(self)  # a second backward pass through the same ladj would fail
+        return known[2]
+
+    def _recall(self, last: draw.Draw) -> tuple[Tensor, Tensor, Tensor] | None:
+        """x, y and the ladj of the last draw, if a pass would give the same."""
+        sources = self.sources()
+        return None if sources is None else last.recall(sources)
 
 
 class ConvertedTransform(Computed, Converted):
@@ -96,6 +137,14 @@ class MaskedNetwork(JoinedLayer):
         layers = super().layers(called)
         return None if called and layers and "_forward" in self.hyper.__dict__ else layers
 
+    def sources(self) -> list[Tensor] | None:
+        layers = self.layers()
+        stairs = None if layers is None else self.stairs(tensors(layers, "mask"))
+        if not isinstance(stairs, Tensor):
+            return None
+        biases = [bias for bias in tensors(layers, "bias") if bias is not None]
+        return [*tensors(layers, "weight"), *biases, stairs]
+
     def check(self) -> None:
         hyper = self.hyper
         if type(hyper) is not self.kind:
@@ -111,7 +160,7 @@ class MaskedNetwork(JoinedLayer):
         self._scale = scale_of(**self.options)
 
 
-class AffineStep(Computed):
+class AffineStep(Remembering):
     """The affine transform that a masked network makes."""
 
     op: str
@@ -123,10 +172,11 @@ class AffineStep(Computed):
         network = None if not inverse and no_kernel(self.op, point) else self.network()
         if self.answered(point, network, inverse):
             return self._by_pyro(point, inverse)
-        if not inverse:
-            return autoregressive(point, **network)  # pyright: ignore[reportCallIssue]
-        x, ladj = autoregressive_inverse(point, **network)  # pyright: ignore[reportCallIssue]
-        return x, -ladj
+        alone = point.dim() == 1 and network["terms"] is None
+        rows = point.unsqueeze(0) if alone else point  # for ops take a matrix by a shorter way
+        image, ladj = (autoregressive_inverse if inverse else autoregressive)(rows, **network)
+        image, ladj = (image.squeeze(0), ladj.squeeze(0)) if alone else (image, ladj)
+        return image, -ladj if inverse else ladj
 
     def _by_pyro(self, point: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         """As `compute`, by the library's own code, which leaves the ladj in an attribute."""
@@ -187,6 +237,10 @@ class ConditionedAffineAutoregressive(AffineStep, Conditioned, transforms.Affine
     def network(self) -> dict[str, Any] | None:
         return self.layer().network(self.context)
 
+    def sources(self) -> list[Tensor] | None:
+        sources = self.layer().sources()
+        return None if sources is None else [*sources, self.context]
+
     def answered(self, x: Tensor, network: dict[str, Any] | None, inverse: bool = False) -> bool:
         return self.layer().answered(x, network, inverse)
 
@@ -238,8 +292,21 @@ class Planar(PlanarStep, ConvertedTransform, transforms.Planar):
         """It needs nothing, and has no settings."""
 
 
-class ConditionedPlanar(PlanarStep, Conditioned, OriginalConditionedPlanar):
-    """What the layer that follows makes of a context."""
+class ConditionedPlanar(Remembering, PlanarStep, Conditioned, OriginalConditionedPlanar):
+    """What the layer that follows makes of a context.
+
+    It remembers its last draw, as the network costs more than the planar step.
+    """
+
+    __hash__ = object.__hash__  # for transforms that are no modules have none
+
+    def sources(self) -> list[Tensor] | None:
+        net = self.layer().nn
+        if type(net) is not networks.DenseNN or "f" not in net._modules or global_hooks():
+            return None
+        modules = inside(net)
+        known = all([type(one) in DENSE and plain(one) for one in modules])
+        return [*tensors_of(net), self.context] if known and "_forward" not in vars(net) else None
 
 
 class ConditionalPlanar(Conditional, Converted, transforms.ConditionalPlanar):
@@ -251,6 +318,10 @@ class ConditionalPlanar(Conditional, Converted, transforms.ConditionalPlanar):
 
     def prepare(self) -> None:
         """It needs nothing, and has no settings."""
+
+
+DENSE = (networks.DenseNN, nn.ModuleList, nn.Linear, *MODULES)
+"""The modules of a network whose outputs depend on its parameters and inputs alone."""
 
 
 def _same(layer: nn.Module) -> nn.Module:
