@@ -32,7 +32,8 @@ class Draw:
         self._kept = kept = [x, ladj, [*sources], *_state((y, x, *sources))]
         self._y = weakref.ref(y, lambda _: kept.clear())
         drawn = weakref.ref(self)  # a node that holds its own ladj would never be freed
-        self._hook = y.grad_fn.register_prehook(lambda _: _end(drawn()))
+        node: Any = y.grad_fn
+        self._hook = node.register_prehook(lambda _: _end(drawn()))
 
         self.inverted = False
         """Whether x was given for y, so that the draw is being scored."""
@@ -48,7 +49,7 @@ class Draw:
     def recall(self, sources: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor] | None:
         """x, y and the ladj; None if a pass would give others."""
         x, ladj, before, flags, values = self._kept
-        y = self._y()
+        y: Any = self._y()
         now = (y, x, *sources)
         if [*map(id, sources)] != [*map(id, before)] or _flags(now) != flags:
             return None
@@ -99,7 +100,8 @@ def watchable() -> bool:
         return False
     if torch._C._len_torch_dispatch_stack():
         return False
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    hooks = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+    return hooks._top_saved_tensors_default_hooks(True) is None
 
 
 def _plain(tensor: Tensor) -> bool:

@@ -139,7 +139,9 @@ class MaskedNetwork(JoinedLayer):
 
     def sources(self) -> list[Tensor] | None:
         layers = self.layers()
-        stairs = None if layers is None else self.stairs(tensors(layers, "mask"))
+        if layers is None:
+            return None
+        stairs = self.stairs(tensors(layers, "mask"))
         if not isinstance(stairs, Tensor):
             return None
         biases = [bias for bias in tensors(layers, "bias") if bias is not None]
@@ -169,7 +171,7 @@ class AffineStep(Remembering):
     answered: Callable[..., bool]
 
     def compute(self, point: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        network = None if not inverse and no_kernel(self.op, point) else self.network()
+        network: Any = None if not inverse and no_kernel(self.op, point) else self.network()
         if self.answered(point, network, inverse):
             return self._by_pyro(point, inverse)
         alone = point.dim() == 1 and network["terms"] is None
@@ -298,14 +300,15 @@ class ConditionedPlanar(Remembering, PlanarStep, Conditioned, OriginalConditione
     It remembers its last draw, as the network costs more than the planar step.
     """
 
-    __hash__ = object.__hash__  # for transforms that are no modules have none
+    # for transforms that are no modules have none
+    __hash__ = object.__hash__  # pyright: ignore[reportAssignmentType]
 
     def sources(self) -> list[Tensor] | None:
         net = self.layer().nn
         if type(net) is not networks.DenseNN or "f" not in net._modules or global_hooks():
             return None
         modules = inside(net)
-        known = all([type(one) in DENSE and plain(one) for one in modules])
+        known = all([one is not None and type(one) in DENSE and plain(one) for one in modules])
         return [*tensors_of(net), self.context] if known and "_forward" not in vars(net) else None
 
 
