@@ -6,8 +6,9 @@ have the same weights; a case has one library.
 
 density is log_prob with the gradients of all parameters, points and contexts; log_prob is without
 any; training is a whole step of Adam on it, which needs those of the parameters only; sample takes
-noise, the same for both, to samples, without gradients. Which of density and sample takes the
-original D passes through each of its networks depends on the library.
+noise, the same for both, to samples, without gradients; rsample is with those of parameters, noise
+and contexts. Which of density and sample takes the original D passes through each of its networks
+depends on the library.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from fastflow import backends
 OP = "convert"
 OUTPUTS = {
     **dict.fromkeys(("density", "training", "log_prob"), ("log_prob",)),
-    "sample": ("x",),
+    **dict.fromkeys(("sample", "rsample"), ("x",)),
 }
 BACKENDS = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
 
@@ -103,8 +104,8 @@ SHORT += [
         ("nflows", (2048,) * 3, (1, 16, 64), ("density", "log_prob")),
         ("nflows", (512,) * 3, (16,), ("density", "log_prob")),
         ("zuko", (1024, 1024), (1, 16, 64), ("density", "log_prob")),
-        ("normflows", (1024,) * 3, (1, 16, 64), ("sample",)),
-        ("pyro", (1024, 1024), (1, 16, 64), ("sample",)),
+        ("normflows", (1024,) * 3, (1, 16, 64), ("sample", "rsample")),
+        ("pyro", (1024, 1024), (1, 16, 64), ("sample", "rsample")),
     )
     for B in rows
 ]
@@ -223,7 +224,7 @@ def absence(contender: str, case: Case) -> str | None:
 def chain(model: Model, direction: str, contender: str, inputs: list[Tensor]) -> Chain:
     """A copy of the flow, converted if the contender is fastflow's, in one direction."""
     flow = copy.deepcopy(model.flow)
-    call = model.sample if direction == "sample" else model.density
+    call = model.sample if OUTPUTS[direction] == ("x",) else model.density
     points = [one.detach().clone().requires_grad_(direction != "training") for one in inputs]
     named = zip(("x", "context"), points)
     leaves = {f"d{name}": one for name, one in named if one.requires_grad}
@@ -269,7 +270,8 @@ def run_comparison(case: Case, direction: str, settings: Settings, timed: bool) 
     model = model._replace(flow=model.flow.to(settings.device))
     shapes = [(case.B, case.D)] + [(case.B, case.context)] * bool(case.context)
     inputs = [torch.randn(*shape).to(settings.device) for shape in shapes]
-    cotangents = (torch.randn(case.B, device=settings.device),)
+    shape = (case.B, case.D) if OUTPUTS[direction] == ("x",) else (case.B,)
+    cotangents = (torch.randn(*shape, device=settings.device),)
     plain = chain(model, direction, case.library, inputs)
     wanted = results(plain, direction, OUTPUTS[direction], cotangents)
     with float64():

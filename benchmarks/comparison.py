@@ -19,7 +19,10 @@ BASELINES = (
     *("zuko", "nflows", "normflows", "pyro"),
     *("vjps", "hessian"),
 )
-WITH_GRADIENTS = ("backward", "forward_backward", "inverse_backward", "training", "density")
+WITH_GRADIENTS = (
+    *("backward", "forward_backward", "inverse_backward"),
+    *("training", "density", "rsample"),
+)
 LIBRARY = "fastflow-"
 ONCE_SECONDS = 10.0
 """A contender that takes longer for the call that is checked is not called again, unless the first

@@ -42,11 +42,11 @@ SHOWN = {
     ),
     "convert": Shown(
         8,
-        ("density", "log_prob", "training", "sample"),
+        ("density", "log_prob", "training", "sample", "rsample"),
         "convert. Flows of T layers of the library that the case names, after "
         "fastflow.convert and before, with the same weights. Density: with all gradients; "
         "log_prob: without; training: a whole step of Adam on it. Samples: from noise, without "
-        "gradients.",
+        "gradients unless it says backward.",
     ),
     "vae": Shown(
         3,

@@ -31,6 +31,7 @@ DIRECTIONS = {
     "density": "log_prob + backward",
     "log_prob": "log_prob",
     "sample": "samples",
+    "rsample": "samples + backward",
 }
 SWEEP_OPS = ("autoregressive_inverse_by_D",)
 """Whose cases differ in D alone: a curve."""
