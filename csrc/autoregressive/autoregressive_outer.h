@@ -196,7 +196,7 @@ void backward_tiles(const AutoregressiveArgs& args, const Network<T>& network,
   for (int64_t row = 0; row < args.batch; row += group_rows) {
     group.rows = std::min(group_rows, args.batch - row);
     group.first = row == 0;
-    // where the weights lie as they do, the threads share a tile
+    // where weights are used unsorted, the threads share a tile
     const bool share = network.cycles(group.rows) > kThreadCycles && !network.unsorted;
     parallel_tasks((group.rows + R - 1) / R, share, [&](int64_t i) {
       using A = Scratch<ActivationScratch<T>>;

@@ -20,8 +20,8 @@ from fastflow.reference.pcp_potential import Network, gradient, hessian
 from fastflow.transforms import without_autocast
 
 LEAST_CURVATURE = 1e-3
-# Adam moves a parameter by about its learning rate in a step, whatever it means. So what has far to
-# go is a parameter times a constant, the larger the fewer parameters it is the sum of.
+# A step of Adam moves each parameter by about the learning rate. Numbers that training must move far
+# are stored divided by a constant, so that such a step moves them further.
 SHARPNESS = 12.0  # times the parameters: the U_k
 GAIN = 10.0  # times the parameters: what depends on a context, where there is none
 CONTEXT_GAIN = 4.0  # times the outputs of a linear layer: the same with a context

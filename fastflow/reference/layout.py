@@ -2,7 +2,8 @@
 
 Making masks of a staircase takes longer than a small network. A staircase belongs to a layer and
 hardly ever changes, so that they are made once: they live as long as the very tensor that they were
-made of, and are made anew when that was written to.
+made of, and are made anew when that was written to. (PyTorch does not count writes through `.data`:
+after one into a staircase, the masks are the old ones.)
 """
 
 from __future__ import annotations
