@@ -20,8 +20,8 @@ from fastflow.reference.pcp_potential import Network, gradient, hessian
 from fastflow.transforms import without_autocast
 
 LEAST_CURVATURE = 1e-3
-# A step of Adam moves each parameter by about the learning rate. Numbers that training must move far
-# are stored divided by a constant, so that such a step moves them further.
+# A step of Adam moves each parameter by about the learning rate. What training must move far is
+# stored divided by a constant, so that such a step moves it further.
 SHARPNESS = 12.0  # times the parameters: the U_k
 GAIN = 10.0  # times the parameters: what depends on a context, where there is none
 CONTEXT_GAIN = 4.0  # times the outputs of a linear layer: the same with a context
