@@ -162,8 +162,8 @@ def _child(connection: Connection, task: Task, threads: int) -> None:
 
 
 def _leave(*_: object) -> NoReturn:
-    """Ends this process at once: an exception here would surface in whatever is running."""
-    os._exit(128 + signal.SIGTERM)
+    """Ends this process as Python does, which gives back what the system lent it."""
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 def _end_with_parent() -> None:
