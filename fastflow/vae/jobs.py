@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -144,6 +145,7 @@ def _perform_apart(
 def _start(process: BaseProcess) -> None:
     """Starts a process that no interrupt reaches, from its first instruction on: what a terminal
     sends to all processes is for the one that started them, which ends the others."""
+    resource_tracker.ensure_running()  # the first start would start it, and unblock the signal
     held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         process.start()  # it inherits what is blocked
