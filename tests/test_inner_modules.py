@@ -376,6 +376,8 @@ def test_threads_share_a_layer_with_hooks() -> None:
 
 @pytest.mark.parametrize("tool", ["hook", "prune", "weight_norm, parametrization"])
 def test_in_one_graph(tool: str, inverse: bool) -> None:
+    if tool == "hook" and torch.__version__ < (2, 13):
+        pytest.skip("this torch does not trace a forward that is put into a module and taken out")
     layer = fastflow.MaskedAffineAutoregressive(D, (8, 8), C)
     linear = layer.network.layers[1]
     if tool == "hook":

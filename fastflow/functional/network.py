@@ -63,7 +63,7 @@ def run(
     plain = isinstance(weights, (list, tuple)) and isinstance(stairs, Tensor)
     plain = plain and not (recompute or torch.compiler.is_compiling())
     network, term = (op, x, weights, biases, stairs, setting), None
-    alone = affine and not terms and _is_alone(x, weights)
+    alone = affine and not isinstance(terms, ContextTerm) and not terms and _is_alone(x, weights)
     # the node's ops for CPUs look at the stairs themselves
     known = plain and stairs.is_cpu and not alone
     known = known or (plain and known_dependence(weights, stairs, setting[1], affine))

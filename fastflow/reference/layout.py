@@ -59,9 +59,9 @@ def remembered(
         sources: the masks.
         key: what else the result depends on.
     """
-    key = (make.__qualname__, *key, *map(id, sources))
     if torch.compiler.is_compiling():
         return None
+    key = (make.__qualname__, *key, *map(id, sources))
     found = _known.get(key)
     if found is not None and found[0].holds(sources):
         return found[1]
