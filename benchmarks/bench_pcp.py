@@ -24,6 +24,7 @@ from suite import MARKS, SETTINGS, Outcomes, parametrize
 
 import fastflow
 from fastflow import backends
+from fastflow.bijections.pcp import CONTEXT_GAIN, SHARPNESS, START_SHARPNESS
 
 OP = "pcp"
 DIRECTIONS = ("forward", "forward_backward", "inverse")
@@ -48,9 +49,14 @@ class Case(NamedTuple):
         torch.manual_seed(self.B + self.D)
         layer = fastflow.PCPMap(self.D, self.C, (self.H, self.H))
         with torch.no_grad():
-            for parameter in layer.parameters():
-                parameter += 0.3 * torch.randn_like(parameter) / parameter.shape[-1] ** 0.5
-            layer.terms[-1].bias[: self.H] += 3  # slopes of order 1 / sqrt(H)
+            # blunt units, for which the rivals' undamped search converges
+            for parameter in (*layer.inputs, *(terms.bias[: self.H] for terms in layer.terms[:-1])):
+                parameter /= START_SHARPNESS
+            gains = {"inputs": SHARPNESS, "terms": CONTEXT_GAIN}
+            for name, parameter in layer.named_parameters():
+                noise = 0.3 * torch.randn_like(parameter) / parameter.shape[-1] ** 0.5
+                parameter += noise / gains.get(name.split(".")[0], 1)
+            layer.terms[-1].bias[: self.H] += 3 / CONTEXT_GAIN  # slopes of order 1 / sqrt(H)
         x, context = torch.randn(self.B, self.D), torch.randn(self.B, self.C)
         return Problem(layer.to(device), x.to(device), context.to(device))
 
